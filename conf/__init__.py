@@ -1,0 +1,1 @@
+"""Hydra configuration groups, installed as the package ``dist_mtp.conf``."""

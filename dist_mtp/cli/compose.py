@@ -1,0 +1,106 @@
+"""From command-line overrides to a checked configuration, through Hydra's groups in ``dist_mtp.conf``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dist_mtp.config import Config, from_mapping
+from dist_mtp.errors import ConfigError
+from dist_mtp.typed_config import nearest, valid_keys
+
+_OVERRIDE = re.compile(r"^(?P<sign>~|\+\+?)?(?P<key>[^=@]+)(@[^=]*)?(=.*)?$", re.DOTALL)
+
+
+def register_schema() -> None:
+    """Make the dataclasses' defaults the base that ``conf/config.yaml`` starts from."""
+    ConfigStore.instance().store(name="schema", node=json.loads(json.dumps(dataclasses.asdict(Config()))))
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """Compose and check.
+
+    Raises:
+        ConfigError: names the key, and the nearest valid one.
+    """
+    register_schema()
+    try:
+        with initialize_config_module("dist_mtp.conf", version_base="1.3"):
+            composed = hydra_compose("config", overrides=check_overrides(overrides))
+        return from_composed(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).strip().splitlines()[0]) from error
+
+
+def from_composed(composed: DictConfig) -> Config:
+    """Turn Hydra's result into :class:`Config`."""
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    values.pop("hydra", None)
+    refuse_targets(values)
+    return from_mapping(values)
+
+
+def check_overrides(overrides: Sequence[str]) -> list[str]:
+    """Refuse unknown keys with the nearest valid one; let ``ds.*`` add keys without a ``+``.
+
+    Raises:
+        ConfigError: an argument that is no ``KEY=VALUE``, an unknown key or an unknown group member.
+    """
+    keys, groups = valid_keys(Config), config_groups()
+    checked = []
+    for override in overrides:
+        match = _OVERRIDE.match(override)
+        if match is None or ("=" not in override and match["sign"] != "~"):
+            raise ConfigError(f"'{override}' is not an override: write KEY=VALUE{nearest(override, list(keys))}")
+        key, value = match["key"].replace("/", "."), override.partition("=")[2]
+        if key.startswith("ds."):
+            checked.append(override if match["sign"] else f"++{override}")
+            continue
+        if key in groups:
+            if value and not re.fullmatch(r"\[.*\]|null", value) and "," not in value and value not in groups[key]:
+                raise ConfigError(f"{key}={value} is not one of {', '.join(groups[key])}{nearest(value, groups[key])}")
+        elif key not in keys and not key.startswith("hydra"):
+            raise ConfigError(f"unknown key '{key}'{nearest(key, [*keys, *groups])}")
+        elif key in keys and dataclasses.is_dataclass(keys[key]) and value and not value.startswith("{"):
+            raise ConfigError(f"{key}={value}: {key} is a section, set one of its keys such as {_first_key(key)}")
+        checked.append(override)
+    return checked
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Hydra groups of ``conf/`` and their members."""
+    folder = files("dist_mtp.conf")
+    return {
+        group.name: sorted(
+            member.name.removesuffix(".yaml") for member in group.iterdir() if member.name.endswith(".yaml")
+        )
+        for group in folder.iterdir()
+        if group.is_dir() and not group.name.startswith("__")
+    }
+
+
+def refuse_targets(values: Any, path: str = "") -> None:
+    """``_target_`` would name code to run; nothing here instantiates it, and its presence means a mistake or an attack."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if key == "_target_":
+                raise ConfigError(f"{path}_target_ is refused: configurations name things, they do not run code")
+            refuse_targets(value, f"{path}{key}.")
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            refuse_targets(value, f"{path}{index}.")
+
+
+def _first_key(section: str) -> str:
+    return next(key for key in valid_keys(Config) if key.startswith(section + "."))

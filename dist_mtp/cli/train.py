@@ -1,0 +1,43 @@
+"""``dist-mtp train``: validate once, prepare the run folder, start the ranks on the resolved file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dist_mtp.cli.compose import compose
+from dist_mtp.config import Config, resolve
+from dist_mtp.data.sources import check_source
+from dist_mtp.data.tokenizers import check_tokenizer, tokenizer_vocab_size
+from dist_mtp.errors import ConfigError
+from dist_mtp.launch import launch
+from dist_mtp.run_folder import prepare_run_folder
+
+
+def main(arguments: list[str]) -> int:
+    """Run one configuration, or a sweep with ``-m``."""
+    if {"-m", "--multirun"} & set(arguments):
+        from dist_mtp.cli.sweep import sweep
+
+        return sweep([a for a in arguments if a not in ("-m", "--multirun")])
+    return train(compose(arguments))
+
+
+def train(config: Config) -> int:
+    """Check everything that needs no process, then start the ranks; returns the exit code.
+
+    Raises:
+        ConfigError: before anything was started.
+    """
+    check_source(config.data)
+    check_tokenizer(config.tokenizer)
+    config = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer))
+    _check_resume(config)
+    prepare_run_folder(config)
+    print(f"run folder {config.run_dir}, {config.world_size} ranks", file=sys.stderr)
+    return launch(config)
+
+
+def _check_resume(config: Config) -> None:
+    if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
+        raise ConfigError(f"resume={config.resume} is not auto, never or the folder of a checkpoint")

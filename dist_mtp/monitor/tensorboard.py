@@ -1,0 +1,118 @@
+"""The TensorBoard folder of a run. Losing it must never cost training, so write failures end here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.image import imread
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+from dist_mtp.monitor.tags import chart_layout, scalars
+
+FLUSH_SECONDS = 10
+"""TensorBoard's default of 120 s hides a short run until it is over."""
+
+
+class TensorBoard:
+    """Writes metrics, settings and the plan to ``folder``; after the first failing write it does nothing.
+
+    Args:
+        num_depths: D, MTP depths that share a chart.
+        config_text: resolved configuration, shown as preformatted text.
+        plan_text: pipeline plan, likewise.
+        hparams: flat settings for the HParams tab; None is left out, what is no number, string or bool becomes a string.
+        purge_step: first step that will be written again after a resume; TensorBoard hides what it had from there on.
+        report: told once, in words, when TensorBoard can no longer be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        num_depths: int,
+        config_text: str,
+        plan_text: str,
+        hparams: Mapping[str, Any],
+        purge_step: int | None,
+        report: Callable[[str], None],
+    ) -> None:
+        self._folder = folder
+        self._report = report
+        self._writer: SummaryWriter | None = None
+        # Texts of a resumed run stand beside those of its first start, each at the step it began from.
+        start = 0 if purge_step is None else purge_step - 1
+
+        def describe_run(writer: SummaryWriter) -> None:
+            writer.add_custom_scalars(chart_layout(num_depths))
+            writer.add_text("config", _preformatted(config_text), start)
+            writer.add_text("plan", _preformatted(plan_text), start)
+            _write_hparams(writer, hparams, num_depths)
+            writer.flush()
+
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
+        except OSError as error:
+            self._give_up(error)
+        self._attempt(describe_run)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Draw one step's metrics at ``row["step"]``."""
+
+        def add_scalars(writer: SummaryWriter) -> None:
+            for tag, value in scalars(row).items():
+                # The default (old) style: EventAccumulator.Scalars() cannot read new_style=True back.
+                writer.add_scalar(tag, value, int(row["step"]))
+
+        self._attempt(add_scalars)
+
+    def add_image(self, tag: str, png_path: str | Path) -> None:
+        """Show a PNG file; a missing or damaged one is reported and left out."""
+        try:
+            pixels_HWC = imread(png_path)
+        except OSError as error:
+            self._report(f"TensorBoard goes without the picture {png_path}: {error}")
+            return
+        self._attempt(lambda writer: writer.add_image(tag, pixels_HWC, dataformats="HWC"))
+
+    def close(self) -> None:
+        """Write what is pending; calls after the first do nothing."""
+        self._attempt(lambda writer: writer.close())
+        self._writer = None
+
+    def _attempt(self, write: Callable[[SummaryWriter], object]) -> None:
+        if self._writer is None:
+            return
+        try:
+            write(self._writer)
+        except OSError as error:  # also what the writer's own thread met, raised at the next call
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._writer = None
+        self._report(f"TensorBoard stops at {self._folder}: {error}; training goes on, metrics.jsonl has every step")
+
+
+def _preformatted(text: str) -> str:
+    """The Text tab renders Markdown, which would fold a YAML file into one paragraph."""
+    return f"```\n{text}\n```"
+
+
+def _write_hparams(writer: SummaryWriter, hparams: Mapping[str, Any], num_depths: int) -> None:
+    """Put the run on the HParams tab under its own folder, from its start, so that crashed sweep points show too.
+
+    ``SummaryWriter.add_hparams`` would make a time-stamped sub-run instead. The third summary, the session's end, is
+    left out: torch's always says success. ``result.json`` says how a run ended.
+    """
+    shown = {
+        key: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for key, value in hparams.items()
+        if value is not None
+    }
+    columns = ["loss/main", "eval/loss_main", *(f"mtp/accept_rate_{k}" for k in range(1, num_depths + 1))]
+    experiment, session_start, _ = hparams_summaries(shown, dict.fromkeys(columns, 0.0))
+    file_writer: Any = writer.file_writer  # torch annotates it as None, which it is only after close()
+    for summary in (experiment, session_start):
+        file_writer.add_summary(summary)

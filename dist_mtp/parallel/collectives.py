@@ -1,0 +1,48 @@
+"""Small exchanges of plain numbers and text between ranks, without pickling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from dist_mtp.errors import ConfigError
+
+
+def all_sum(values: Sequence[float], device: torch.device, group: dist.ProcessGroup | None = None) -> list[float]:
+    """Sum of each value over the ranks of ``group`` (all ranks by default), in float64: exact for counts."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, group=group)
+    return tensor.tolist()
+
+
+def all_max(values: Sequence[float], device: torch.device) -> list[float]:
+    """Maximum of each value over all ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def broadcast_number(value: int, device: torch.device) -> int:
+    """Rank 0's value on every rank."""
+    tensor = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.broadcast(tensor, src=0)
+    return int(tensor.item())
+
+
+def check_same_hash(digest: str, device: torch.device, what: str) -> None:
+    """Refuse to go on when ranks disagree.
+
+    Args:
+        digest: hexadecimal SHA-256 of ``what`` on this rank.
+
+    Raises:
+        ConfigError: on every rank, naming the ranks that differ from rank 0.
+    """
+    own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=device)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    differing = [rank for rank, other in enumerate(gathered) if not torch.equal(other, gathered[0])]
+    if differing:
+        raise ConfigError(f"ranks {differing} have another {what} than rank 0: start all ranks with the same arguments")

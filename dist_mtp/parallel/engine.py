@@ -1,0 +1,240 @@
+"""DeepSpeedEngine as the optimizer side of training: ZeRO-1, gradient reduction, clipping and the update.
+
+Forward and backward run elsewhere (``dist_mtp.pipeline.runtime``); the engine's own ``forward`` and ``backward`` are never
+called. Private names of DeepSpeed 0.19.8 used here: ``engine.pipeline_parallelism`` (runtime/engine.py), ``_hp_mapping``
+(utils/tensor_fragment.py), ``BF16_Optimizer.bf16_groups``, ``fp32_groups_gradients``, ``fp32_groups_has_gradients``
+(runtime/bf16_optimizer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_mtp.config import Config
+from dist_mtp.model.naming import LogicalTensor, logical_tensors
+from dist_mtp.model.transformer import LanguageModel
+from dist_mtp.parallel.mesh import Mesh
+
+OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+_ANCHOR = "anchor"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of a parameter's fp32 master and Adam moments that this rank owns under ZeRO-1.
+
+    ``start``: first element in the flattened parameter. ``tensors``: 1-D tensors of equal length by kind (``param``,
+    ``exp_avg``, ``exp_avg_sq``); they are the optimizer's own storage, so writing into them changes its state.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    start: int
+    tensors: Mapping[str, Tensor]
+
+    def pieces(self) -> Iterator[tuple[LogicalTensor, int, dict[str, Tensor]]]:
+        """Split along logical tensors: each with the first element inside it and the matching slices of ``tensors``."""
+        length = next(iter(self.tensors.values())).numel()
+        for logical in logical_tensors(self.parameter, self.shape):
+            low, high = max(self.start, logical.start), min(self.start + length, logical.start + logical.numel)
+            if low < high:
+                span = slice(low - self.start, high - self.start)
+                yield logical, low - logical.start, {kind: t[span] for kind, t in self.tensors.items()}
+
+
+class Engine:
+    """Owns the parameters' update.
+
+    Args:
+        model: this rank's units. Parameters keep their identity, so stages built before or after stay valid.
+    """
+
+    def __init__(self, config: Config, model: LanguageModel, mesh: Mesh) -> None:
+        import deepspeed
+
+        self.model, self.mesh = model, mesh
+        if model.holds_replica and mesh.pp > 1:
+            # Summed with the first rank's by reduce(); the global norm must count it once.
+            replica: Any = model.model.embed_tokens.weight
+            replica.ds_pipe_replicated = True
+        _anchor_missing_group(model)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, config.optim.weight_decay),
+            lr=config.optim.lr,
+            betas=(config.optim.beta1, config.optim.beta2),
+            eps=config.optim.eps,
+        )
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, model),
+            mpu=mesh.grid,
+            dist_init_required=False,
+        )
+        self._attach_main_grads()
+        self._create_optimizer_state()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of the model proper, replicas included."""
+        for name, parameter in self.model.named_parameters():
+            if name != _ANCHOR:
+                yield name, parameter
+
+    def owned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters whose one logical copy in this data replica is this rank's."""
+        for name, parameter in self.named_parameters():
+            if not getattr(parameter, "ds_pipe_replicated", False):
+                yield name, parameter
+
+    def collect_gradients(self) -> None:
+        """Move finished gradients into the fp32 accumulators; called after every backward action under bf16."""
+        parameter: Any
+        for parameter in self._mixed_precision:
+            if parameter.grad is not None:
+                parameter.main_grad.add_(parameter.grad)
+                parameter.grad = None
+
+    def reduce(self) -> None:
+        """Sum the gradients of the embedding's two copies, then average all gradients over the data replicas."""
+        anchor = getattr(self.model, _ANCHOR, None)
+        if anchor is not None:
+            anchor.grad = torch.zeros_like(anchor)
+        self.collect_gradients()
+        if self.mesh.ends_group is not None and self._embedding_has_two_copies:
+            weight = self.model.model.embed_tokens.weight
+            dist.all_reduce(getattr(weight, "main_grad", weight.grad), group=self.mesh.ends_group)
+        if self._mixed_precision:
+            self.optimizer.fp32_groups_has_gradients = [[True] * len(g) for g in self.optimizer.bf16_groups]
+        self.engine.set_gradient_accumulation_boundary(True)
+        # ZeRO-1 then makes its reduction buffers itself; otherwise engine.backward() would have made them.
+        self.engine.pipeline_parallelism = True
+        self.engine.allreduce_gradients()
+        self.engine.pipeline_parallelism = False
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The full, reduced, unclipped gradient in fp32; between :meth:`reduce` and :meth:`step`, on all data replicas."""
+        source: Any = parameter
+        gradient: Tensor = source.main_grad if self._mixed_precision else source.get_full_hp_grad()
+        return gradient
+
+    def step(self, lr: float) -> float:
+        """Clip, update and clear gradients.
+
+        Returns:
+            The global gradient norm before clipping; infinite when a gradient was not finite, in which case nothing was
+            updated.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of master weights and moments, replicas left out."""
+        for name, parameter in self.owned_parameters():
+            fragment = self._fragment(name, parameter)
+            if fragment is not None:
+                yield fragment
+
+    def all_fragments(self) -> Iterator[Fragment]:
+        """As :meth:`fragments`, replicas included: what a restore must fill."""
+        for name, parameter in self.named_parameters():
+            fragment = self._fragment(name, parameter)
+            if fragment is not None:
+                yield fragment
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Tell Adam how many updates its moments hold (its bias correction needs it)."""
+        for state in self.optimizer.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(step)
+
+    def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:  # every element belongs to other data ranks
+            return None
+        tensors = {"param": mapping.get_hp_fragment()}
+        tensors.update((kind, mapping.get_hp_fragment(kind)) for kind in OPTIMIZER_STATES)
+        return Fragment(
+            name, tuple(parameter.shape), mapping.lp_fragment_address.start, {k: t.detach() for k, t in tensors.items()}
+        )
+
+    def _create_optimizer_state(self) -> None:
+        """Create zero moments and link them to the parameters they belong to.
+
+        Left to itself, DeepSpeed links every group after stepping the first one, when the others have no moments yet
+        (``DeepSpeedZeroOptimizer._optimizer_step``, 0.19.8).
+        """
+        inner = self.optimizer.optimizer
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in OPTIMIZER_STATES}
+                inner.state[flat] = {"step": torch.tensor(0.0), **moments}
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def _embedding_has_two_copies(self) -> bool:
+        config = self.model.config
+        return config.pipeline.placement == "last" and (config.mtp.depth > 0 or config.model.tie_word_embeddings)
+
+    def _attach_main_grads(self) -> None:
+        """Under bf16, let every gradient be added straight into DeepSpeed's fp32 accumulators."""
+        self._mixed_precision: list[nn.Parameter] = []
+        if type(self.optimizer).__name__ != "BF16_Optimizer":
+            return
+        for parameters, buffers in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients, strict=True):
+            for parameter, buffer in zip(parameters, buffers, strict=True):
+                parameter.main_grad = buffer.view(parameter.shape)
+                self._mixed_precision.append(parameter)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices are decayed, norm weights are not. All ranks have both groups, in this order: DeepSpeed reduces the
+    gradient norm group by group over the pipeline, and a rank with a group less would never join."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
+        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
+    ]
+
+
+def _anchor_missing_group(model: nn.Module) -> None:
+    """Give a rank that holds only the embedding one inert norm weight, so that both parameter groups exist there."""
+    if all(p.dim() > 1 for p in model.parameters()):
+        model.register_parameter(_ANCHOR, nn.Parameter(torch.zeros(1, device=next(model.parameters()).device)))
+
+
+def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:
+    """The DeepSpeed configuration behind ours, with ``ds.*`` (checked by ``dist_mtp.config``) merged last."""
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.train.micro_batches,
+        "train_batch_size": config.rows_per_step,
+        "gradient_clipping": config.optim.clip_norm,
+        # Stage 1 in fp32 too: without it DeepSpeed clips by the first pipeline rank's norm alone.
+        "zero_optimization": {"stage": 1},
+    }
+    if config.precision.name == "bf16":
+        derived |= {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    numel = sum(p.numel() for p in model.parameters())
+    tunable = {"zero_optimization": {"overlap_comm": False, "reduce_bucket_size": min(numel, 500_000_000)}}
+    return _merge(_merge(tunable, derived), config.ds)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,141 @@
+"""The process mesh: which rank holds which pipeline stage and which share of the data."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_mtp.config import Config
+from dist_mtp.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place. ``rank = pp_rank * dp + dp_rank``: neighbours in a node share data-parallel traffic."""
+
+    pp: int
+    dp: int
+    pp_rank: int
+    dp_rank: int
+    device: torch.device
+    pipe_group: dist.ProcessGroup
+    """Ranks of this data replica, ordered by pipeline rank."""
+    data_group: dist.ProcessGroup
+    """Ranks that hold the same stages."""
+    ends_group: dist.ProcessGroup | None
+    """First and last pipeline rank of this data replica, on those two ranks; None elsewhere and when pp is 1."""
+    grid: Any
+    """DeepSpeed's view of the same mesh (``mpu``)."""
+
+    @property
+    def rank(self) -> int:
+        return self.pp_rank * self.dp + self.dp_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp
+
+    def global_rank(self, pp_rank: int) -> int:
+        """Rank of another pipeline stage's process in this data replica."""
+        return pp_rank * self.dp + self.dp_rank
+
+
+def default_environment(env: MutableMapping[str, str]) -> None:
+    """Let one process without a launcher be a world of one."""
+    if "RANK" not in env:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        env.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+
+
+def init_process_group(timeout_s: float) -> torch.device:
+    """Join the world that the launcher's environment describes and pick this rank's device.
+
+    Args:
+        timeout_s: a collective that takes longer raises on the ranks that wait in it.
+    """
+    default_environment(os.environ)
+    use_cuda = torch.cuda.is_available() and torch.cuda.device_count() > 0
+    if not use_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; start fewer ranks per host"
+        )
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+
+    import deepspeed
+
+    if not use_cuda:
+        _skip_shared_memory_op()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, dist_init_required=False)
+    return device
+
+
+def _skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its CPU shared-memory op, which only its inference all-reduce uses.
+
+    ``deepspeed.comm.torch`` (0.19.8) builds it in every ``init_distributed``: minutes on a first run, and a process killed
+    meanwhile leaves a lock file that makes every later run of the user wait without a word.
+    """
+    # Through sys.modules: the attribute deepspeed.comm.torch is PyTorch itself.
+    module: Any = sys.modules["deepspeed.comm.torch"]
+    module.build_shm_op = lambda: None
+
+
+def make_mesh(config: Config, device: torch.device) -> Mesh:
+    """Build all process groups; every rank must call it at the same time.
+
+    Raises:
+        ConfigError: the world does not have ``pp * dp`` ranks.
+    """
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology, PipelineParallelGrid
+
+    pp, dp = config.parallel.pp, config.dp
+    if dist.get_world_size() != pp * dp:
+        raise ConfigError(
+            f"{dist.get_world_size()} ranks were started, but parallel.pp={pp} x parallel.dp={dp} needs {pp * dp}"
+        )
+    with contextlib.redirect_stdout(None):  # it prints the topology
+        grid = PipelineParallelGrid(topology=PipeDataParallelTopology(pp, dp), process_group=dist.group.WORLD)
+    pp_rank, dp_rank = grid.get_pipe_parallel_rank(), grid.get_data_parallel_rank()
+    ends_group = None
+    if pp > 1:
+        for replica in range(dp):  # creating a group is collective: every rank creates every group
+            group = dist.new_group([replica, (pp - 1) * dp + replica])
+            if replica == dp_rank and pp_rank in (0, pp - 1):
+                ends_group = group
+    return Mesh(
+        pp=pp,
+        dp=dp,
+        pp_rank=pp_rank,
+        dp_rank=dp_rank,
+        device=device,
+        pipe_group=grid.get_pipe_parallel_group(),
+        data_group=grid.get_data_parallel_group(),
+        ends_group=ends_group,
+        grid=grid,
+    )

@@ -1,0 +1,124 @@
+"""Costs of pipeline units: what the planner knows about the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from dist_mtp.config import Config
+from dist_mtp.pipeline import sizes
+from dist_mtp.pipeline.devices import DeviceProfile
+from dist_mtp.pipeline.sizes import BlockSize
+
+UnitKind = Literal["embedding", "attention", "dense_ffn", "moe_ffn", "head"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest piece of the model that a stage can hold."""
+
+    name: str
+    """``embed``, ``layers.3.attention``, ``layers.3.feed_forward`` or ``head``."""
+    kind: UnitKind
+    layer: int | None = None
+    """Trunk layer, 0-based; None for ``embed`` and ``head``."""
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """Cost of a unit, or of all units of a stage."""
+
+    time_f: float = 0.0
+    """Forward of one microbatch, seconds."""
+    time_i: float = 0.0
+    """Input gradient of one microbatch, seconds."""
+    time_w: float = 0.0
+    """Weight gradient of one microbatch, seconds."""
+    params: int = 0
+    """Parameters on the owning rank, exact."""
+    activation_bytes: int = 0
+    """Held per microbatch from the start of its forward until its backward is complete."""
+
+    @property
+    def time(self) -> float:
+        """Forward and backward of one microbatch, seconds."""
+        return self.time_f + self.time_i + self.time_w
+
+
+def list_units(config: Config) -> tuple[Unit, ...]:
+    """All units in the order of computation: embedding, two halves per layer, final norm + head + MTP."""
+    units = [Unit("embed", "embedding")]
+    for layer in range(config.model.num_layers):
+        units.append(Unit(f"layers.{layer}.attention", "attention", layer))
+        kind: UnitKind = "moe_ffn" if config.model.is_moe_layer(layer) else "dense_ffn"
+        units.append(Unit(f"layers.{layer}.feed_forward", kind, layer))
+    units.append(Unit("head", "head"))
+    return tuple(units)
+
+
+def unit_costs(config: Config, profile: DeviceProfile) -> tuple[UnitCost, ...]:
+    """Cost of each unit of :func:`list_units`, for microbatches of ``train.micro_batch_size`` rows of T positions."""
+    tokens = config.train.micro_batch_size * config.train.seq_len
+    seconds_per_flop = tokens / profile.flops_per_s
+    return tuple(
+        UnitCost(
+            time_f=(size.weight_flops + size.core_flops + 3 * size.loss_flops) * seconds_per_flop,
+            time_i=(size.weight_flops + 2 * size.core_flops) * seconds_per_flop,
+            time_w=size.weight_flops * seconds_per_flop,
+            params=size.params,
+            activation_bytes=int(size.saved_elements * tokens * bytes_per_element(config)),
+        )
+        for size in _unit_sizes(config)
+    )
+
+
+def total_cost(costs: Iterable[UnitCost]) -> UnitCost:
+    """Sum of units that run one after the other on one rank."""
+    total = UnitCost()
+    for cost in costs:
+        total = UnitCost(
+            total.time_f + cost.time_f,
+            total.time_i + cost.time_i,
+            total.time_w + cost.time_w,
+            total.params + cost.params,
+            total.activation_bytes + cost.activation_bytes,
+        )
+    return total
+
+
+def message_bytes(config: Config) -> int:
+    """Size of one microbatch's hidden states, or of their gradient, between two stages: [rows, T, H]."""
+    tokens = config.train.micro_batch_size * config.train.seq_len
+    return tokens * config.model.hidden_size * bytes_per_element(config)
+
+
+def bytes_per_element(config: Config) -> int:
+    """Bytes of one activation."""
+    return 4 if config.precision.name == "fp32" else 2
+
+
+def flops_per_token(config: Config) -> float:
+    """Model FLOPs of forward and backward per trained token, the numerator of MFU.
+
+    Three times the forward's matrix multiplications, attention counted causally (PaLM, arXiv 2204.02311, appendix B,
+    with half of its attention term). DeepSeek-V3 at T=4096: 250.4e9 with D=0, 260.6e9 with D=1.
+    """
+    # The lookup stands in the sizes only to keep its stage's time above zero.
+    return sum(3 * (size.weight_flops + size.core_flops + size.loss_flops) for size in _unit_sizes(config)[1:])
+
+
+def num_parameters(config: Config) -> int:
+    """Parameters of the whole model, MTP modules included, shared ones counted once."""
+    return sum(size.params for size in _unit_sizes(config))
+
+
+def _unit_sizes(config: Config) -> list[BlockSize]:
+    """Size of each unit of :func:`list_units`."""
+    model = config.model
+    halves = [
+        half
+        for layer in range(model.num_layers)
+        for half in (sizes.attention_half(config), sizes.feed_forward_half(model, layer))
+    ]
+    return [sizes.embedding(config), *halves, sizes.head(config)]

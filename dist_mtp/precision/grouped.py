@@ -1,0 +1,77 @@
+"""The linear layer of experts: one weight per expert, rows sorted by expert, all products in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_mtp.precision.weight_grads import DeferrableLayer, accumulate
+
+_GROUPED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, layer: DeferrableLayer) -> Tensor:
+    """``y[rows of e] = x[rows of e] @ weight[e]^T``.
+
+    Args:
+        x: [N, in], rows of one expert contiguous, experts in order.
+        weight: [E, out, in].
+        ends: int32 [E], end row of each expert's rows (running sum of counts); experts may be empty.
+        layer: owner of ``weight``, which says whether weight gradients are withheld.
+
+    Returns:
+        [N, out].
+    """
+    result: Tensor = _GroupedLinear.apply(x, weight, ends, layer)
+    return result
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, layer: DeferrableLayer) -> Tensor:
+        ctx.save_for_backward(x, ends)
+        ctx.weight, ctx.layer = weight, layer  # the Parameter itself, as in linear.py
+        return _rows_times_weights(x, weight.transpose(-2, -1), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_y = grads[0].contiguous()  # the kernel refuses expanded gradients
+        (x, ends), weight, layer = ctx.saved_tensors, ctx.weight, ctx.layer
+        grad_x = _rows_times_weights(grad_y, weight, ends) if ctx.needs_input_grad[0] else None
+        if layer.defers():
+            layer.weight_grad_queue.put(lambda: accumulate(weight, _weight_grad(grad_y, x, ends)))
+            return grad_x, None, None, None
+        return grad_x, _weight_grad(grad_y, x, ends), None, None
+
+
+def _rows_times_weights(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """rows [N, k], weights [E, k, m] -> [N, m]."""
+    if _has_kernel(rows, weights):
+        return torch._grouped_mm(rows, weights, offs=ends)
+    out = rows.new_empty(rows.shape[0], weights.shape[2])
+    for expert, (start, end) in enumerate(_ranges(ends)):
+        torch.mm(rows[start:end], weights[expert], out=out[start:end])
+    return out
+
+
+def _weight_grad(grad_y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """grad_y [N, out], x [N, in] -> [E, out, in]; zeros for an expert without rows."""
+    if _has_kernel(grad_y, x):
+        return torch._grouped_mm(grad_y.t(), x, offs=ends)
+    out = x.new_empty(ends.shape[0], grad_y.shape[1], x.shape[1])
+    for expert, (start, end) in enumerate(_ranges(ends)):
+        torch.mm(grad_y[start:end].t(), x[start:end], out=out[expert])
+    return out
+
+
+def _has_kernel(a: Tensor, b: Tensor) -> bool:
+    """Whether ``torch._grouped_mm`` takes these: its dtypes, and strides that are multiples of 16 bytes."""
+    aligned = all(size * a.element_size() % 16 == 0 for size in (*a.shape[1:], *b.shape[1:]))
+    return a.dtype in _GROUPED_DTYPES.get(a.device.type, ()) and aligned and a.shape[0] > 0
+
+
+def _ranges(ends: Tensor) -> list[tuple[int, int]]:
+    stops = ends.tolist()
+    return list(zip([0, *stops[:-1]], stops, strict=True))

@@ -1,0 +1,64 @@
+"""The run folder at start: written once, by the launcher or by rank 0, and never silently reused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_mtp.config import Config, to_dict
+from dist_mtp.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+_FIXED = ("model", "data", "tokenizer", "precision", "mtp", "train.seed", "train.seq_len")
+"""Sections and keys that a checkpoint depends on; a run cannot change them half-way."""
+_FREE_MTP = ("mtp.loss_weight", "mtp.loss_weight_steps")
+
+
+def prepare_run_folder(config: Config) -> None:
+    """Create or continue ``run.dir`` and write the resolved ``config.yaml`` into it.
+
+    ``resume=never`` sets an existing folder aside by renaming it, so nothing is lost.
+
+    Raises:
+        ConfigError: the folder belongs to a run with other settings.
+    """
+    folder = Path(config.run_dir)
+    file = folder / CONFIG_FILE
+    if folder.exists() and config.resume == "never":
+        aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+        folder.rename(aside)
+    elif file.exists():
+        _check_same_run(folder, yaml.safe_load(file.read_text()), to_dict(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    temporary.replace(file)
+
+
+def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed |= changed_keys(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed[prefix + key] = (old, new)
+    return changed
+
+
+def _check_same_run(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    changed = changed_keys(before, after)
+    clash = {
+        key: values
+        for key, values in changed.items()
+        if key not in _FREE_MTP and any(key == fixed or key.startswith(fixed + ".") for fixed in _FIXED)
+    }
+    if clash:
+        listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in clash.items())
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({listed}): choose run.name=..., or resume=never to set the old "
+            "run aside and start anew"
+        )

@@ -1,0 +1,68 @@
+"""From what single ranks saw in a step to metrics that all ranks agree on."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dist_mtp.model.loss import HeadStats
+from dist_mtp.parallel.balance import Balance
+from dist_mtp.parallel.collectives import all_max, all_sum
+from dist_mtp.parallel.mesh import Mesh
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class HeadTotals:
+    """Sums over the global batch, index 0 the main head, k MTP depth k; fields as in :class:`HeadStats`."""
+
+    loss_sums: list[float]
+    counts: list[float]
+    agreements: list[float]
+    comparable: list[float]
+
+    def losses(self) -> list[float]:
+        """Mean negative log likelihood per target of each head (nats)."""
+        return [total / max(count, 1) for total, count in zip(self.loss_sums, self.counts, strict=True)]
+
+    def metrics(self) -> Metrics:
+        """``loss_main``, ``loss_mtp_K`` and ``accept_mtp_K``."""
+        main, *depths = self.losses()
+        result = {"loss_main": main}
+        result |= {f"loss_mtp_{depth}": loss for depth, loss in enumerate(depths, start=1)}
+        for depth in range(1, len(self.counts)):
+            result[f"accept_mtp_{depth}"] = self.agreements[depth] / max(self.comparable[depth], 1)
+        return result
+
+
+def reduce_heads(
+    stats: Sequence[HeadStats], num_heads: int, mesh: Mesh, extra: Sequence[float] = ()
+) -> tuple[HeadTotals, list[float]]:
+    """Sum the heads' statistics over microbatches and ranks; ranks without the last stage pass none. Collective.
+
+    Args:
+        extra: further numbers to sum over all ranks in the same message.
+    """
+    local = torch.zeros(4, num_heads, dtype=torch.float64, device=mesh.device)
+    for one in stats:
+        local += torch.stack([field.double() for field in (one.loss_sums, one.counts, one.agreements, one.comparable)])
+    flat = all_sum([*local.flatten().tolist(), *extra], mesh.device)
+    fields = [flat[i * num_heads : (i + 1) * num_heads] for i in range(4)]
+    return HeadTotals(*fields), flat[4 * num_heads :]
+
+
+def reduce_health(balance: Balance, mesh: Mesh) -> Metrics:
+    """``memory_gib`` and, with MoE layers, ``load_max_violation``: maxima over all ranks. Collective."""
+    memory, violation = all_max([_peak_memory_gib(mesh.device), balance.max_violation], mesh.device)
+    return {"memory_gib": memory} | ({"load_max_violation": violation} if violation > 0 else {})
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Largest memory in use so far: the device's allocator on CUDA, the process's resident set on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

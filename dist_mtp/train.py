@@ -1,0 +1,186 @@
+"""What each rank runs.
+
+Started by ``dist-mtp train``, or by hand::
+
+    torchrun --nproc-per-node 2 -m dist_mtp.train parallel.pp=2
+    deepspeed --num_accelerators 2 --module dist_mtp.train parallel.pp=2
+    python -m dist_mtp.train parallel.pp=1
+
+Arguments are Hydra overrides, or ``--config FILE`` with a resolved configuration, as the launcher writes it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_mtp.config import Config, config_hash, from_mapping, resolve
+from dist_mtp.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_RANK_FAILURE,
+    EXIT_TERMINATED,
+    ConfigError,
+    DistMtpError,
+    DivergedError,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code."""
+    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
+    faulthandler.enable()
+    try:
+        config = load_config(arguments)
+    except DistMtpError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    try:
+        return run_rank(config, launched="--config" in arguments)
+    except DistMtpError as error:
+        # Raised alike on all ranks, or by one rank whose peers then fail in their next collective.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _write_failure(config, error)
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return EXIT_RANK_FAILURE
+
+
+def load_config(arguments: Sequence[str]) -> Config:
+    """The resolved file after ``--config``, or the composition of overrides.
+
+    Raises:
+        ConfigError: bad overrides, or a sweep started inside a launcher.
+    """
+    if len(arguments) == 2 and arguments[0] == "--config":
+        return from_mapping(yaml.safe_load(Path(arguments[1]).read_text()))
+    if {"-m", "--multirun"} & set(arguments):
+        raise ConfigError(
+            "a sweep cannot run inside a launcher: use `dist-mtp train -m ...`, which launches every point"
+        )
+    from dist_mtp.cli.compose import compose
+
+    return compose(arguments)
+
+
+def run_rank(config: Config, *, launched: bool) -> int:
+    """Set up this rank, train, and tear down.
+
+    Args:
+        launched: the launcher has prepared the run folder and the corpus.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from dist_mtp.data.corpus import prepare
+    from dist_mtp.data.tokenizers import tokenizer_vocab_size
+    from dist_mtp.monitor.monitor import Monitor, RunMonitor
+    from dist_mtp.monitor.result import write_result
+    from dist_mtp.parallel.collectives import check_same_hash
+    from dist_mtp.parallel.mesh import init_process_group, make_mesh
+    from dist_mtp.parallel.watchdog import Watchdog
+    from dist_mtp.pipeline.plan import make_plan
+    from dist_mtp.run_folder import prepare_run_folder
+    from dist_mtp.trainer import Trainer
+
+    timeout = config.train.hang_timeout_s
+    device = init_process_group(timeout_s=2 * timeout)  # the watchdog speaks first
+    vocab_size = tokenizer_vocab_size(config.tokenizer)
+    config = resolve(config, vocab_size=vocab_size, world_size=dist.get_world_size())
+    check_same_hash(config_hash(config), device, "configuration")
+    rank = dist.get_rank()
+    run_dir = Path(config.run_dir)
+    if rank == 0 and not launched:
+        prepare_run_folder(config)
+    dist.barrier()
+    log = _open_rank_log(run_dir, rank)
+    watchdog = Watchdog(timeout, log)
+    try:
+        if rank == 0:
+            prepare(config.data, config.tokenizer)  # one writer; the others find the cache
+        dist.barrier()
+        corpus = prepare(config.data, config.tokenizer, check_hashes=False)
+        mesh = make_mesh(config, device)
+        plan = make_plan(config, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+        monitor = RunMonitor(config, plan, corpus.info, _throughput(config, device)) if rank == 0 else Monitor()
+        trainer = Trainer(config, mesh, plan, corpus, monitor, watchdog.beat)
+        received = _stop_on_signals(trainer)
+        metrics = trainer.run()
+        stopped = trainer.stop_requested
+        if rank == 0:
+            code = (EXIT_INTERRUPTED if received == [signal.SIGINT] else EXIT_TERMINATED) if stopped else EXIT_DONE
+            write_result(
+                run_dir, "interrupted" if stopped else "done", code, metrics, metrics.get("eval_loss_main"), None
+            )
+            if not stopped:
+                monitor.finish()
+            monitor.close()
+        watchdog.beat("shutdown")
+        dist.barrier()
+    finally:
+        watchdog.stop()
+        log.flush()
+    dist.destroy_process_group()
+    if stopped:
+        return EXIT_INTERRUPTED if received == [signal.SIGINT] else EXIT_TERMINATED
+    return EXIT_DONE
+
+
+def _throughput(config: Config, device: Any) -> Any:
+    import torch
+
+    from dist_mtp.monitor.throughput import Throughput, cpu_peak_flops, cuda_peak_flops
+    from dist_mtp.pipeline.costs import flops_per_token
+
+    if device.type == "cuda":
+        peak = cuda_peak_flops(torch.cuda.get_device_name(device))
+    else:
+        peak = cpu_peak_flops(torch.get_num_threads())
+    return Throughput(flops_per_token(config), config.tokens_per_step, peak, config.world_size)
+
+
+def _open_rank_log(run_dir: Path, rank: int) -> Any:
+    """``logs/rank_K.log``; ranks other than 0 write everything there, rank 0's terminal is the console."""
+    path = run_dir / "logs" / f"rank_{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open until the process ends)
+    if rank != 0:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    return log
+
+
+def _stop_on_signals(trainer: Any) -> list[signal.Signals]:
+    """Finish the step, save and stop on SIGTERM or SIGINT; a second signal ends the process at once."""
+    received: list[signal.Signals] = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(signal.Signals(number))
+        trainer.stop_requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return received
+
+
+def _write_failure(config: Config, error: DistMtpError) -> None:
+    if os.environ.get("RANK", "0") != "0" or not Path(config.run_dir).is_dir():
+        return
+    from dist_mtp.monitor.result import write_result
+
+    status = "diverged" if isinstance(error, DivergedError) else "failed"
+    write_result(config.run_dir, status, error.exit_code, {}, None, str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The training loop of one rank."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dist_mtp.batches import BatchSource
+from dist_mtp.config import Config
+from dist_mtp.data.corpus import PreparedCorpus
+from dist_mtp.dump import StepDump
+from dist_mtp.errors import DivergedError
+from dist_mtp.learning_rate import learning_rate
+from dist_mtp.model.init import initialize
+from dist_mtp.model.targets import mtp_weight_at
+from dist_mtp.model.transformer import LanguageModel
+from dist_mtp.monitor.monitor import Monitor
+from dist_mtp.parallel.balance import move_router_biases
+from dist_mtp.parallel.engine import Engine
+from dist_mtp.parallel.mesh import Mesh
+from dist_mtp.pipeline.plan import Plan
+from dist_mtp.pipeline.runtime import PipelineRuntime
+from dist_mtp.pipeline.stage import Stage
+from dist_mtp.snapshot import restore_newest, save_snapshot
+from dist_mtp.step_stats import Metrics, reduce_heads, reduce_health
+
+
+class Trainer:
+    """Trains this rank's stages.
+
+    Args:
+        config: resolved; equal on all ranks.
+        monitor: where metrics go; silent on ranks other than 0.
+        beat: told what the rank begins to do, for the watchdog.
+
+    ``stop_requested`` may be set at any time (by a signal handler): the step under way is finished on all ranks, a
+    checkpoint is written, and :meth:`run` returns.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        plan: Plan,
+        corpus: PreparedCorpus,
+        monitor: Monitor,
+        beat: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self.config, self.mesh, self.corpus, self.monitor, self.beat = config, mesh, corpus, monitor, beat
+        self.step = 0
+        self.stop_requested = False
+        self.batches = BatchSource(config, mesh, corpus)
+        mine = [stage for stage in plan.stages if stage.rank == mesh.pp_rank]
+        with mesh.device:
+            self.model = LanguageModel(config, {unit for stage in mine for unit in stage.unit_names})
+        initialize(self.model, seed=config.train.seed, std=config.model.initializer_range)
+        self.engine = Engine(config, self.model, mesh)
+        self.stages = {s.index: Stage(s.index, self.model, s.unit_names, self.engine.collect_gradients) for s in mine}
+        self.runtime = PipelineRuntime(
+            plan,
+            self.stages,
+            pp_rank=mesh.pp_rank,
+            group=mesh.pipe_group,
+            global_rank=mesh.global_rank,
+            hidden_shape=(config.train.micro_batch_size, config.train.seq_len, config.model.hidden_size),
+            dtype=torch.bfloat16 if config.precision.name == "bf16" else torch.float32,
+            device=mesh.device,
+            on_action=lambda action: beat(f"step {self.step}, action {action}"),
+        )
+
+    def run(self) -> Metrics:
+        """Train to the last step, from the newest checkpoint if ``resume`` asks for it.
+
+        Returns:
+            The last step's metrics, evaluation included.
+
+        Raises:
+            DivergedError: the loss or a gradient was not finite; that update was not applied.
+        """
+        config = self.config
+        self.beat("restore")
+        fingerprint = self.corpus.info["fingerprint"]
+        start = restore_newest(config, self.engine, self.mesh, corpus=fingerprint, report=self.monitor.warn)
+        self.monitor.start(resume_step=start)
+        metrics: Metrics = {}
+        for self.step in range(start + 1, config.train.steps + 1):
+            metrics = self.train_step()
+            is_last = self.step == config.train.steps
+            if is_last or _due(self.step, config.eval.every):
+                metrics |= self.evaluate()
+            self.monitor.log(metrics)
+            if is_last or self.stop_requested or _due(self.step, config.checkpoint.every):
+                self.beat(f"step {self.step}, checkpoint")
+                path = save_snapshot(config, self.engine, self.mesh, step=self.step, corpus=fingerprint)
+                self.monitor.checkpoint_written(path)
+            if self.stop_requested:
+                break
+        return metrics
+
+    def train_step(self) -> Metrics:
+        """One optimizer step: forward and backward of all microbatches, reduction, update, router biases. Collective."""
+        config, step = self.config, self.step
+        started = time.perf_counter()
+        self.beat(f"step {step}, data")
+        mtp_weight = mtp_weight_at(config.mtp, (step - 1) * config.tokens_per_step)
+        batches = self.batches.step("train", step - 1, mtp_weight)
+        data_wait = time.perf_counter() - started
+        dump = self._start_dump()
+
+        _, stats = self.runtime.train_step(batches.micro_batches)
+        self.beat(f"step {step}, gradient reduction")
+        self.engine.reduce()
+        if dump is not None:
+            dump.add_gradients()
+        lr = learning_rate(config.optim, step, config.train.steps)
+        grad_norm = self.engine.step(lr)
+        balance = move_router_biases(self.model, config.model, self.mesh)
+
+        bias_squares = balance.bias_square_sum if self.mesh.dp_rank == 0 else 0.0
+        totals, (bias_squares, stops) = reduce_heads(
+            stats, config.mtp.depth + 1, self.mesh, extra=(bias_squares, float(self.stop_requested))
+        )
+        self.stop_requested = stops > 0  # one rank's signal stops all of them after the same step
+        if dump is not None:
+            dump.write(self.batches.whole("train", step - 1), totals.losses())
+        loss = sum(c * s for c, s in zip(batches.coefficients, totals.loss_sums, strict=True))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; the update was not applied. Lower optim.lr or raise "
+                "optim.warmup_steps, and resume from the last checkpoint"
+            )
+        return {
+            "step": step,
+            "tokens": step * config.tokens_per_step,
+            "loss": loss,
+            **totals.metrics(),
+            "mtp_weight": mtp_weight,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            **({"router_bias_norm": math.sqrt(bias_squares)} if config.model.n_routed_experts else {}),
+            **reduce_health(balance, self.mesh),
+            "data_wait_s": data_wait,
+            "step_time": time.perf_counter() - started,
+        }
+
+    def evaluate(self) -> Metrics:
+        """``eval_*`` losses and draft agreement on the validation documents; the same rows every time. Collective."""
+        stats = []
+        for index in range(self.config.eval.batches):
+            self.beat(f"evaluation after step {self.step}, batch {index}")
+            batches = self.batches.step("validation", index, self.config.mtp.loss_weight)
+            stats += self.runtime.evaluate(batches.micro_batches)[1]
+        totals, _ = reduce_heads(stats, self.config.mtp.depth + 1, self.mesh)
+        metrics = {f"eval_{name}": value for name, value in totals.metrics().items()}
+        bytes_per_token = (
+            self.corpus.info["splits"]["validation"]["text_bytes"] / self.corpus.info["splits"]["validation"]["tokens"]
+        )
+        return metrics | {"eval_bits_per_byte": metrics["eval_loss_main"] / math.log(2) / bytes_per_token}
+
+    def _start_dump(self) -> StepDump | None:
+        if self.step not in self.config.debug.dump_steps:
+            return None
+        return StepDump(Path(self.config.run_dir), self.step, self.engine, self.mesh)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

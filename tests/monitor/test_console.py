@@ -1,0 +1,151 @@
+"""Console lines stand in columns, and an output that breaks never ends training."""
+
+import io
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dist_mtp.monitor import formatting
+from dist_mtp.monitor.console import Console
+
+TOTAL_STEPS = 300
+
+
+def metrics(step, loss=3.9412, num_depths=2, **others):
+    row = {
+        "step": step, "loss": loss, "loss_main": loss, "grad_norm": loss, "lr": 2.2e-4,
+        "step_time": 0.52, "tokens_per_s": 3938.5,
+    }  # fmt: skip
+    for depth in range(1, num_depths + 1):
+        row |= {f"loss_mtp_{depth}": loss, f"accept_mtp_{depth}": min(loss / 12.3, 1.0)}
+    return row | others
+
+
+def step_lines(rows):
+    stream = io.StringIO()
+    console = Console(stream, log_file=None)
+    for row in rows:
+        console.step_line(row, TOTAL_STEPS)
+    return stream.getvalue().splitlines()
+
+
+def bars(line):
+    return [column for column, character in enumerate(line) if character == "|"]
+
+
+@pytest.mark.parametrize("num_depths", [0, 1, 3])
+def test_step_lines_are_aligned(num_depths):
+    """All lines of a run are equally long with "|" in the same columns, whatever the numbers are."""
+    losses = [12.3 * (0.0001 / 12.3) ** (step / TOTAL_STEPS) for step in range(TOTAL_STEPS)]
+    rows = [metrics(step, loss, num_depths) for step, loss in enumerate(losses, start=1)]
+    odd = {"step_time": 1234.5, "tokens_per_s": 0.03, "accept_mtp_1": 1.0}
+    rows += [metrics(5, loss, num_depths, **odd) for loss in (math.nan, math.inf, -0.5, 123.456, 1e5, 3e12)]
+    lines = step_lines(rows)
+    assert len(lines) == len(rows), f"{len(lines)} lines for {len(rows)} rows"
+    for line in lines:
+        assert (len(line), bars(line)) == (len(lines[0]), bars(lines[0])), f"not aligned:\n{lines[0]}\n{line}"
+
+
+def test_step_line_shows_every_depth():
+    """The line holds each value with its unit, every MTP depth, and the time left by the median of recent steps."""
+    (line,) = step_lines([metrics(12, accept_mtp_1=0.123, accept_mtp_2=0.045)])
+    expected = (
+        "step   12/300 | loss  3.9412 | main  3.9412 | mtp1  3.9412 | mtp2  3.9412 | agree  12.3%   4.5% | "
+        "grad   3.94 | lr 2.2e-04 |   0.52 s |  3.9k tok/s | left  2m30s"
+    )
+    assert line == expected, f"\n{line}\n{expected}"
+
+
+def test_absent_metrics_keep_the_columns():
+    """A step without a gradient norm or agreement shows "-" there and moves nothing."""
+    bare = metrics(2)
+    for key in ("grad_norm", "lr", "accept_mtp_1", "accept_mtp_2"):
+        del bare[key]
+    full, line = step_lines([metrics(1), bare])
+    assert bars(line) == bars(full), f"\n{full}\n{line}"
+    assert "agree      -      -" in line, line
+
+
+def test_eval_line():
+    """An evaluation shows its own keys, not those of the training step it stands beside."""
+    stream = io.StringIO()
+    row = metrics(100, 9.9) | {"eval_loss_main": 3.5, "eval_loss_mtp_1": 3.75, "eval_accept_mtp_1": 0.125}
+    Console(stream, log_file=None).eval_line(row | {"eval_bits_per_byte": 2.25}, TOTAL_STEPS)
+    expected = "eval  100/300 | main  3.5000 | mtp1  3.7500 | agree  12.5% |  2.2500 bits/byte\n"
+    assert stream.getvalue() == expected, f"\n{stream.getvalue()}{expected}"
+
+
+def test_log_file_gets_the_same_lines(tmp_path):
+    """Who reads the log later sees what stood on the screen; a resumed run appends."""
+    stream = io.StringIO()
+    for text in ("first", "resumed"):
+        console = Console(stream, log_file=tmp_path / "logs" / "console.log")
+        console.header([text, "settings"])
+        console.warn("slow disk")
+        console.step_line(metrics(1), TOTAL_STEPS)
+        console.close()
+    log = (tmp_path / "logs" / "console.log").read_text()
+    assert log == stream.getvalue(), f"\n{log}\n{stream.getvalue()}"
+    assert "resumed\nsettings\nwarning: slow disk\nstep" in log, log
+
+
+def test_broken_stream_leaves_the_log(tmp_path):
+    """When the terminal goes away, lines still reach the log file and nothing is raised."""
+    stream = io.StringIO()
+    console = Console(stream, log_file=tmp_path / "console.log")
+    stream.close()
+    console.notice("one")
+    console.notice("two")
+    console.close()
+    log = (tmp_path / "console.log").read_text()
+    assert log == "one\ntwo\n", log
+
+
+def test_closed_pipe_keeps_exit_code_zero(tmp_path):
+    """`dist-mtp train | head` exits 0: the interpreter's last flush of a broken stdout would make it 120."""
+    code = (
+        "import sys; from dist_mtp.monitor.console import Console; c = Console(sys.stdout, log_file=sys.argv[1])\n"
+        "for i in range(3): c.notice(str(i))"
+    )
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-c", code, str(tmp_path / "log")]
+    # Only a buffered stdout has something left to flush at exit.
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60, env=env, check=False
+    )
+    os.close(write_end)
+    log = (tmp_path / "log").read_text()
+    assert (done.returncode, done.stderr) == (0, ""), f"exit code {done.returncode}: {done.stderr}"
+    assert log == "0\n1\n2\n", log
+
+
+def test_ascii_terminal_does_not_silence_the_console():
+    """A path with an accent is written with escapes where the locale cannot show it."""
+    raw = io.BytesIO()
+    console = Console(io.TextIOWrapper(raw, encoding="ascii"), log_file=None)
+    console.notice("runs/é")
+    console.notice("next")
+    assert raw.getvalue() == b"runs/\\xe9\nnext\n", raw.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (formatting.compact(999.4), "999"),
+        (formatting.compact(999.6), "1.0k"),
+        (formatting.compact(99_960), "100k"),
+        (formatting.compact(2.5e15), "2500T"),
+        (formatting.duration(59.6), "1m00s"),
+        (formatting.duration(3599.7), "1h00m"),
+        (formatting.duration(math.nan), "-"),
+        (formatting.fit(9_999_999.6, 6, 2), " 1e+07"),
+    ],
+)
+def test_rounding_never_makes_a_sixtieth_second_or_a_thousandth(text, expected):
+    """Rounding happens before the unit is chosen: "60s", "1000.0" and lost columns must not appear."""
+    assert text == expected, f"{text!r}, expected {expected!r}"

@@ -1,0 +1,196 @@
+"""What TensorBoard shows of a run, read back with its own reader, and that losing it costs nothing else."""
+
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from matplotlib.image import imsave
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata
+from torch.utils.tensorboard import SummaryWriter
+
+from dist_mtp.monitor.tags import TAGS, scalars
+from dist_mtp.monitor.tensorboard import TensorBoard
+
+NUM_DEPTHS = 2
+ROW = {
+    "step": 1, "tokens": 512, "loss": 6.5, "loss_main": 5.5, "loss_mtp_1": 5.75, "loss_mtp_2": 5.875, "mtp_weight": 0.25,
+    "accept_mtp_1": 0.5, "accept_mtp_2": 0.25, "grad_norm": 1.5, "lr": 0.125, "load_max_violation": 2.5,
+    "router_bias_norm": 0.75, "step_time": 0.5, "tokens_per_s": 1024.0, "tflops_per_device": 3.5, "mfu": 0.375,
+    "data_wait_s": 0.0625, "memory_gib": 1.25, "skipped": 0, "eval_loss_main": 4.5, "eval_loss_mtp_1": 4.75,
+    "eval_loss_mtp_2": 4.875, "eval_accept_mtp_1": 0.625, "eval_accept_mtp_2": 0.3125, "eval_bits_per_byte": 2.25,
+}  # fmt: skip
+EXPECTED = {
+    "loss/total": 6.5, "loss/main": 5.5, "loss/mtp_1": 5.75, "loss/mtp_2": 5.875, "loss/mtp_weight": 0.25,
+    "mtp/accept_rate_1": 0.5, "mtp/accept_rate_2": 0.25, "mtp/expected_tokens_per_step": 1 + 0.5 + 0.125,
+    "optim/lr": 0.125, "optim/grad_norm": 1.5, "optim/skipped": 0, "perf/tokens_per_s": 1024.0, "perf/step_time_s": 0.5,
+    "perf/tflops_per_device": 3.5, "perf/mfu_pct": 37.5, "perf/data_wait_pct": 12.5, "moe/load_max_violation": 2.5,
+    "moe/bias_norm": 0.75, "memory/peak_gib": 1.25, "eval/loss_main": 4.5, "eval/loss_mtp_1": 4.75,
+    "eval/loss_mtp_2": 4.875, "eval/accept_rate_1": 0.625, "eval/accept_rate_2": 0.3125, "eval/bits_per_byte": 2.25,
+    "progress/tokens": 512,
+}  # fmt: skip
+
+
+def start(folder, report=pytest.fail, purge_step=None):
+    return TensorBoard(
+        folder,
+        num_depths=NUM_DEPTHS,
+        config_text="model:\n  name: tiny",
+        plan_text="stage 0: embedding",
+        hparams={"optim.lr": 0.1, "model.name": "tiny", "parallel.dp": None, "debug.dump_steps": (1, 2)},
+        purge_step=purge_step,
+        report=report,
+    )
+
+
+def load(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def plugin_content(events, tag):
+    return events.SummaryMetadata(tag).plugin_data.content
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tensorboard")
+    board = start(folder)
+    board.write(ROW)
+    imsave(folder / "plan.png", np.zeros((4, 6, 3)))
+    board.add_image("plan", folder / "plan.png")
+    board.close()
+    board.close()
+    assert not [path for path in folder.iterdir() if path.is_dir()], "a sub-run folder would show as a second run"
+    return load(folder)
+
+
+def test_every_metric_is_a_scalar_under_its_tag(events):
+    """Each tag reads back as a scalar with the metric's value (percentages scaled), and there are no other tags."""
+    read = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    assert read == EXPECTED, f"differs in {dict(read.items() ^ EXPECTED.items())}"
+
+
+def test_no_tag_is_shared():
+    """Two metrics under one tag would overwrite each other; units in a name make that easy to miss."""
+    assert len(set(TAGS.values())) == len(TAGS), f"{len(set(TAGS.values()))} tags for {len(TAGS)} metrics"
+
+
+def test_unknown_and_absent_metrics_are_left_out():
+    """A dense model has no expert load, and a metric that nobody named a tag for must not invent one."""
+    drawn = scalars({"loss": 1.0, "surprise": 2.0})
+    assert drawn == {"loss/total": 1.0}, drawn
+
+
+def test_all_depths_share_one_chart(events):
+    """Custom Scalars has one multiline loss chart with the main head and every depth, and charts only written tags."""
+    config = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    layout = layout_pb2.Layout.FromString(config)
+    titles = {category.title for category in layout.category}
+    assert titles == {"Loss", "MTP", "Throughput", "MoE"}, titles
+    charts = [chart for category in layout.category for chart in category.chart]
+    loss_charts = [list(chart.multiline.tag) for chart in charts if "loss/main" in chart.multiline.tag]
+    assert loss_charts == [["loss/main", "loss/mtp_1", "loss/mtp_2"]], loss_charts
+    written = events.Tags()["scalars"]
+    for tag in (tag for chart in charts for tag in chart.multiline.tag):
+        assert tag in written, f"{tag} is charted but not among {written}"
+
+
+@pytest.mark.parametrize(("tag", "line"), [("config", "  name: tiny"), ("plan", "stage 0: embedding")])
+def test_texts_keep_their_lines(events, tag, line):
+    """The Text tab renders Markdown: only a fenced block keeps the indentation of YAML."""
+    text = events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+    lines = text.splitlines()
+    assert (lines[0], lines[-1]) == ("```", "```"), text
+    assert line in lines, text
+
+
+def test_plan_picture_keeps_its_size(events):
+    """The image that is shown is the file that was given."""
+    (image,) = events.Images("plan")
+    assert (image.width, image.height) == (6, 4), f"{image.width}x{image.height}, expected 6x4"
+
+
+def test_hparams_stand_in_the_runs_own_folder(events):
+    """The HParams tab lists the run from its start, with settings by value and as strings where they are no scalars."""
+    start_info = metadata.parse_session_start_info_plugin_data(
+        plugin_content(events, metadata.SESSION_START_INFO_TAG)
+    ).hparams
+    read = {key: start_info[key].number_value or start_info[key].string_value for key in start_info}
+    assert read == {"optim.lr": 0.1, "model.name": "tiny", "debug.dump_steps": "(1, 2)"}, read
+    experiment = metadata.parse_experiment_plugin_data(plugin_content(events, metadata.EXPERIMENT_TAG))
+    columns = {info.name.tag for info in experiment.metric_infos}
+    assert "loss/main" in columns, columns
+    assert columns <= EXPECTED.keys(), f"columns that no scalar fills: {columns - EXPECTED.keys()}"
+
+
+def test_resume_hides_the_steps_that_are_trained_again(tmp_path):
+    """After a resume from step 2, step 3 has the new value only; without the purge it would have two points."""
+    board = start(tmp_path)
+    for step in (1, 2, 3):
+        board.write({"step": step, "loss": float(step)})
+    board.close()
+    board = start(tmp_path, purge_step=3)
+    board.write({"step": 3, "loss": 30.0})
+    board.close()
+    points = [(event.step, event.value) for event in load(tmp_path).Scalars("loss/total")]
+    assert points == [(1, 1.0), (2, 2.0), (3, 30.0)], points
+
+
+@pytest.mark.parametrize("fails", ["add_scalar", "close"])
+def test_failing_write_is_reported_once(tmp_path, monkeypatch, fails):
+    """A full disk ends TensorBoard, never training, and is said once, not at every step."""
+    reports = []
+    board = start(tmp_path, reports.append)
+
+    def disk_full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, fails, disk_full)
+    for step in (1, 2, 3):
+        board.write(ROW | {"step": step})
+    board.close()
+    assert len(reports) == 1, f"{len(reports)} reports: {reports}"
+    assert "No space left on device" in reports[0], reports
+
+
+@pytest.mark.parametrize("num_steps", [1, 200])
+def test_failure_in_the_writers_thread_is_reported_once(tmp_path, monkeypatch, num_steps):
+    """Events are written by a thread of TensorBoard's own; its real failure must reach the report and no further."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # the thread's traceback is expected
+    others = set(threading.enumerate())
+    reports = []
+    board = start(tmp_path / "board", reports.append)
+    threads = set(threading.enumerate()) - others
+    shutil.rmtree(tmp_path / "board")
+    for step in range(1, num_steps + 1):
+        board.write({"step": step, "loss": 1.0})
+    board.close()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert threads, "TensorBoard has no writing thread any more"
+    assert len(reports) == 1, f"{len(reports)} reports: {reports}"
+
+
+def test_folder_that_cannot_be_made_is_reported_once(tmp_path):
+    """A run whose TensorBoard never starts still trains."""
+    (tmp_path / "file").write_text("")
+    reports = []
+    board = start(tmp_path / "file" / "tensorboard", reports.append)
+    board.write(ROW)
+    board.close()
+    assert len(reports) == 1, f"{len(reports)} reports: {reports}"
+
+
+def test_missing_picture_leaves_the_rest(tmp_path):
+    """Without plan.png the scalars go on: one bad file is no reason to give TensorBoard up."""
+    reports = []
+    board = start(tmp_path, reports.append)
+    board.add_image("plan", tmp_path / "plan.png")
+    board.write(ROW)
+    board.close()
+    assert len(reports) == 1, f"{len(reports)} reports: {reports}"
+    assert "loss/main" in load(tmp_path).Tags()["scalars"], "scalars stopped with the picture"
