@@ -82,7 +82,6 @@ def retain(final: Path, *, keep: int) -> None:
         superseded = path.name.endswith(".old") and path.with_suffix("").exists()
         if superseded or (other < step and other not in kept):
             _retire(path)
-    _remove_litter(final.parent)
 
 
 def _retire(path: Path) -> None:

@@ -79,7 +79,7 @@ def save(
         barrier()
 
     phase(lambda: checkpoints.prepare(final), taken=rank == 0)
-    phase(lambda: _write_rank(temporary, step, run_id, rank, world_size, slices))
+    phase(lambda: _write_rank(temporary, step, run_id, rank, slices))
     phase(lambda: _commit(final, world_size, state), taken=rank == 0)
 
     if failure is not None:
@@ -98,9 +98,7 @@ def save(
     return final
 
 
-def _write_rank(
-    temporary: Path, step: int, run_id: str, rank: int, world_size: int, slices: Iterable[TensorSlice]
-) -> None:
+def _write_rank(temporary: Path, step: int, run_id: str, rank: int, slices: Iterable[TensorSlice]) -> None:
     """Write this rank's shard and, once that is durable, the sidecar that vouches for it."""
     path = temporary / shard_name(rank)
     data, tensors = _shard(slices, path.name)
@@ -108,7 +106,7 @@ def _write_rank(
     # Hashed from the file and not from memory: safetensors writes in native code, and a copy of the shard would double
     # the memory. The pages are still cached, so this costs no disk reads.
     file = FileEntry(bytes=regular_size(path), sha256=sha256_of(path))
-    sidecar = Manifest(run_id, step, {"rank": rank, "world_size": world_size}, {path.name: file}, tensors)
+    sidecar = Manifest(run_id, step, {}, {path.name: file}, tensors)
     write_text(_sidecar(temporary, rank), sidecar.to_json())
 
 
@@ -172,13 +170,7 @@ def _read_sidecar(path: Path, rank: int, world_size: int) -> Manifest:
             f"rank {rank} of {world_size} left no {path.name}: it failed (see its log), or {path.parent.parent} "
             "is not on a file system that all ranks share"
         )
-    sidecar = Manifest.from_json(read_bytes(path, limit=MAX_MANIFEST_BYTES), where=str(path))
-    expected = {"rank": rank, "world_size": world_size}
-    if sidecar.state != expected:
-        raise CheckpointError(
-            f"{path} was written as {sidecar.state}, expected {expected}: all ranks must save together"
-        )
-    return sidecar
+    return Manifest.from_json(read_bytes(path, limit=MAX_MANIFEST_BYTES), where=str(path))
 
 
 def _sidecar(temporary: Path, rank: int) -> Path:

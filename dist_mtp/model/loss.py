@@ -60,7 +60,7 @@ def linear_cross_entropy(
         The scalar loss; negative log likelihoods [D+1, N] (0 where ignored); argmax ids int64 [D+1, N].
     """
     result: tuple[Tensor, Tensor, Tensor] = _LinearCrossEntropy.apply(
-        weight, targets, tuple(coefficients), chunk, accumulate_in_forward, *hiddens
+        weight, targets, tuple(coefficients), chunk, accumulate_in_forward, torch.is_grad_enabled(), *hiddens
     )
     return result
 
@@ -74,12 +74,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         coefficients: tuple[float, ...],
         chunk: int,
         accumulate_in_forward: bool,
+        grad_enabled: bool,
         *hiddens: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(weight.dtype, torch.float32)
         losses = torch.zeros(targets.shape, dtype=wide, device=weight.device)
         argmaxes = torch.empty_like(targets)
-        needs_grad = any(ctx.needs_input_grad)
+        # An evaluation's no_grad shows neither in needs_input_grad nor here, where gradients are always off.
+        needs_grad = grad_enabled and any(ctx.needs_input_grad)
         hidden_grads = [torch.empty_like(h) for h in hiddens] if needs_grad else []
         weight_grad = torch.zeros_like(weight, dtype=wide) if needs_grad and not accumulate_in_forward else None
         for start in range(0, targets.shape[1], chunk):
@@ -98,6 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     accumulate(weight, dlogits.t() @ hidden[span])
                 else:
                     weight_grad += dlogits.t() @ hidden[span]
+                del dlogits  # else it lives on while the next logits are made
         loss = sum(c * losses[head].sum() for head, c in enumerate(coefficients))
         ctx.weight_grad, ctx.weight_dtype = weight_grad, weight.dtype
         ctx.save_for_backward(*hidden_grads)
@@ -110,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_loss = grads[0]
         weight_grad = None if ctx.weight_grad is None else (ctx.weight_grad * grad_loss).to(ctx.weight_dtype)
         ctx.weight_grad = None
-        return weight_grad, None, None, None, None, *(g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
+        return weight_grad, None, None, None, None, None, *(g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
 
 
 def _cross_entropy_chunk(
@@ -127,7 +130,7 @@ def _cross_entropy_chunk(
         return None, losses, argmax
     dlogits = logits.sub_(log_sum.unsqueeze(1)).exp_()
     dlogits.scatter_add_(1, index, torch.full_like(index, -1, dtype=dlogits.dtype))
-    return dlogits.mul_((valid * coefficient).unsqueeze(1).to(dlogits.dtype)), losses, argmax
+    return dlogits.mul_((valid.to(dlogits.dtype) * coefficient).unsqueeze(1)), losses, argmax
 
 
 def head_stats(losses: Tensor, argmaxes: Tensor, targets: Tensor) -> HeadStats:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_threads import WEIGHT, filled, save_ranks
+from checkpoint.rank_threads import WEIGHT, filled, save_ranks
 
 from dist_mtp.checkpoint.load import CheckpointReader, find_latest
 from dist_mtp.checkpoint.manifest import MANIFEST, MANIFEST_HASH
@@ -164,6 +164,7 @@ FORGERIES = {
     "absurd file": (put("files", SHARD, "bytes", value=2**60), "'bytes' is 1152921504606846976"),
     "hash": (put("files", SHARD, "sha256", value="0" * 63 + "G"), "64 lower-case hexadecimal digits"),
     "absurd shape": (put("tensors", "weight", "shape", value=[2**49, 2**49]), "is absurd"),
+    "shape below slices": (put("tensors", "weight", "shape", value=[11]), "smaller than the slices"),
     "unbacked shape": (put("tensors", "weight", "shape", value=[2**40]), "element 12 of 1099511627776 is in no file"),
     "unbacked slice": (
         lambda document: (

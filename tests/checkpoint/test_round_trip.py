@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from rank_threads import WEIGHT, cut, filled, save_ranks
+from checkpoint.rank_threads import WEIGHT, cut, filled, save_ranks
 from safetensors.torch import load_file
 
 from dist_mtp.checkpoint.files import write_tensors
@@ -101,6 +101,7 @@ def test_read_converts_and_never_aliases(tmp_path):
     tensor = torch.randn(6).to(torch.bfloat16)
     reader = CheckpointReader(save_ranks(tmp_path, 1, [cut("param", WEIGHT, tensor, [0, 6])]))
     found = reader.read("param", WEIGHT, 1, 4, torch.float32)
+    assert found.dtype == torch.float32, f"read {found.dtype}, asked for torch.float32"
     assert torch.equal(found, tensor[1:5].float()), f"read {found}, saved {tensor[1:5]}"
     reader.read("param", WEIGHT, 0, 6).zero_()
     again = CheckpointReader(reader.path).read("param", WEIGHT, 0, 6)

@@ -1,0 +1,159 @@
+"""Parameters and FLOPs against published numbers and against counts done by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from pipeline_cases import DEEPSEEK_V3, tiny_config, v3_config
+
+from dist_mtp.config import Config, ModelConfig, MtpConfig, TrainConfig
+from dist_mtp.errors import ConfigError
+from dist_mtp.pipeline import sizes
+from dist_mtp.pipeline.costs import flops_per_token, list_units, num_parameters, total_cost, unit_costs
+from dist_mtp.pipeline.devices import PROFILES, resolve_profile
+
+
+class TestDeepSeekV3:
+    """The real model's figures follow from its configuration."""
+
+    def test_parameters(self) -> None:
+        """671.03e9 without MTP: the sum over the tensors of the published checkpoint."""
+        params = num_parameters(v3_config(depth=0))
+        assert params == 671_026_404_352, f"{params} != 671026404352"
+
+    def test_mtp_module_parameters(self) -> None:
+        """About 11.6e9 per module, embedding and head not counted."""
+        params = num_parameters(v3_config(depth=1)) - num_parameters(v3_config(depth=0))
+        assert params == 11_610_067_968, params
+
+    @pytest.mark.parametrize(("depth", "expected"), [(0, 250.4e9), (1, 260.6e9), (2, 270.8e9), (3, 281.0e9)])
+    def test_flops_per_token(self, depth: int, expected: float) -> None:
+        """Agrees with NVIDIA's published pairs of tokens/s and TFLOP/s within 0.5 %."""
+        flops = flops_per_token(v3_config(depth=depth))
+        assert flops == pytest.approx(expected, rel=0.005), f"{flops:.4g} != {expected:.4g}"
+
+
+def hand_made_config(**mtp: object) -> Config:
+    """One dense and one MoE layer with sizes that are all different primes where possible."""
+    model = ModelConfig(
+        vocab_size=101,
+        hidden_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        q_lora_rank=5,
+        kv_lora_rank=3,
+        qk_nope_head_dim=7,
+        qk_rope_head_dim=2,
+        v_head_dim=11,
+        intermediate_size=13,
+        n_routed_experts=4,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        moe_intermediate_size=17,
+    )
+    train = TrainConfig(seq_len=16, micro_batch_size=3)
+    return Config(model=model, mtp=MtpConfig(**mtp), train=train)  # type: ignore[arg-type]
+
+
+ATTENTION = 8 + 5 * 8 + 5 + 2 * 9 * 5 + (3 + 2) * 8 + 3 + 2 * (7 + 11) * 3 + 8 * 2 * 11
+"""input_layernorm, q_a, its norm, q_b, kv_a, its norm, kv_b, o of :func:`hand_made_config`."""
+DENSE = 8 + 3 * 8 * 13
+MOE = 8 + 4 * 8 + 4 * 3 * 8 * 17 + 3 * 8 * (17 * 2)
+
+
+class TestParameters:
+    """Each unit owns exactly the parameters of its modules."""
+
+    def test_units(self) -> None:
+        config = hand_made_config(depth=2)
+        mtp = 8 + 8 + 2 * 8 * 8 + ATTENTION + MOE + 8
+        expected = [101 * 8, ATTENTION, DENSE, ATTENTION, MOE, 8 + 101 * 8 + 2 * mtp]
+        found = [cost.params for cost in unit_costs(config, PROFILES["cpu"])]
+        assert found == expected, f"{found} != {expected}"
+
+    def test_variants(self) -> None:
+        """Tied heads, shared depths, dense MTP blocks and uncompressed queries change what they should."""
+        base = num_parameters(hand_made_config(depth=2))
+        one = num_parameters(hand_made_config(depth=1))
+        assert num_parameters(hand_made_config(depth=2, share_depths=True)) == one
+        assert base - num_parameters(hand_made_config(depth=2, block="dense")) == 2 * (MOE - DENSE)
+        config = hand_made_config(depth=2)
+        tied = dataclasses.replace(config, model=dataclasses.replace(config.model, tie_word_embeddings=True))
+        assert base - num_parameters(tied) == 101 * 8
+        plain = dataclasses.replace(config, model=dataclasses.replace(config.model, q_lora_rank=None))
+        difference = sizes.attention_half(config).params - sizes.attention_half(plain).params
+        assert difference == (5 * 8 + 5 + 18 * 5) - 18 * 8, difference
+
+
+class TestTimes:
+    """Seconds follow from FLOPs: a linear layer's I and W cost its F, attention's core has twice the I and no W."""
+
+    def test_forward_counts_two_flops_per_weight_and_token(self) -> None:
+        """Attention: 2 per weight + T/2 positions * 2 * heads * (qk + v); dense: 2 per weight."""
+        config = hand_made_config(depth=0)
+        norms = 8 + 5 + 3
+        tokens, speed = 3 * 16, PROFILES["cpu"].flops_per_s
+        attention, dense = unit_costs(config, PROFILES["cpu"])[1:3]
+        weights, core = 2 * (ATTENTION - norms), 16 * 2 * (9 + 11)
+        assert attention.time_f == pytest.approx((weights + core) * tokens / speed)
+        assert attention.time_i == pytest.approx((weights + 2 * core) * tokens / speed)
+        assert attention.time_w == pytest.approx(weights * tokens / speed)
+        assert dense.time_f == dense.time_i == dense.time_w == pytest.approx(2 * (DENSE - 8) * tokens / speed)
+
+    def test_head_computes_its_gradients_in_the_forward(self) -> None:
+        """Without MTP the head has three products in F and nothing in I and W; MTP blocks are ordinary."""
+        tokens, speed = 3 * 16, PROFILES["cpu"].flops_per_s
+        plain = unit_costs(hand_made_config(depth=0), PROFILES["cpu"])[-1]
+        assert plain.time_f == pytest.approx(3 * 2 * 8 * 101 * tokens / speed)
+        assert (plain.time_i, plain.time_w) == (0, 0)
+        deep = unit_costs(hand_made_config(depth=2), PROFILES["cpu"])[-1]
+        module = sizes.mtp_module(hand_made_config(depth=2))
+        assert deep.time_w == pytest.approx(2 * module.weight_flops * tokens / speed)
+        shared = unit_costs(hand_made_config(depth=2, share_depths=True), PROFILES["cpu"])[-1]
+        assert shared.time == pytest.approx(deep.time), "a shared module is computed at every depth"
+
+    def test_times_add_up_to_model_flops(self) -> None:
+        """F + I + W over all units but the lookup is ``flops_per_token``."""
+        config = v3_config()
+        total = total_cost(unit_costs(config, PROFILES["h100"])[1:]).time * PROFILES["h100"].flops_per_s / 4096
+        assert total == pytest.approx(flops_per_token(config)), f"{total} != {flops_per_token(config)}"
+
+    def test_activations_grow_with_the_microbatch(self) -> None:
+        config = tiny_config()
+        double = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=8))
+        for one, two in zip(unit_costs(config, PROFILES["cpu"]), unit_costs(double, PROFILES["cpu"]), strict=True):
+            assert two.activation_bytes == 2 * one.activation_bytes > 0
+
+
+def test_unit_list() -> None:
+    """Embedding, two halves per layer, head; kinds follow ``first_k_dense_replace``."""
+    units = list_units(Config(model=dataclasses.replace(DEEPSEEK_V3, num_layers=4)))
+    assert [unit.name for unit in units[:4]] == [
+        "embed",
+        "layers.0.attention",
+        "layers.0.feed_forward",
+        "layers.1.attention",
+    ]
+    assert [unit.kind for unit in units[2:-1:2]] == ["dense_ffn", "dense_ffn", "dense_ffn", "moe_ffn"]
+    assert (units[-1].name, units[-1].kind, units[-2].layer) == ("head", "head", 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "cuda", "expected"),
+    [
+        ("auto", None, "cpu"),
+        ("auto", "NVIDIA H100 80GB HBM3", "h100"),
+        ("auto", "NVIDIA H200", "h200"),
+        ("auto", "NVIDIA A100-SXM4-80GB", "a100"),
+        ("auto", "NVIDIA GeForce RTX 4090", "a100"),
+        ("cpu", "NVIDIA H100 80GB HBM3", "cpu"),
+    ],
+)
+def test_device_profiles(name: str, cuda: str | None, expected: str) -> None:
+    assert resolve_profile(name, cuda).name == expected
+
+
+def test_unknown_profile() -> None:
+    with pytest.raises(ConfigError, match=r"pipeline\.device_profile=tpu is unknown: use auto or one of h100"):
+        resolve_profile("tpu")

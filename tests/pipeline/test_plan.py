@@ -1,0 +1,177 @@
+"""The plan as its readers see it: plan.json, the bounds, the command and the picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pipeline_cases import tiny_config, v3_config
+
+from dist_mtp.cli import plan as plan_command
+from dist_mtp.config import LAST_SCHEDULES, V_SCHEDULES, Config, RunConfig, check
+from dist_mtp.monitor.plots import plot_plan
+from dist_mtp.pipeline.costs import list_units, num_parameters
+from dist_mtp.pipeline.plan import Plan, make_plan
+
+EVERY_SCHEDULE = [("v", name) for name in V_SCHEDULES] + [("last", name) for name in LAST_SCHEDULES]
+
+
+@pytest.fixture(scope="module")
+def plans() -> list[Plan]:
+    """Tiny models under every schedule and P, and DeepSeek-V3 under two."""
+    configs = [
+        tiny_config(pp, micro_batches=8, depth=depth, placement=placement, schedule=schedule)
+        for placement, schedule in EVERY_SCHEDULE
+        for pp in (1, 2, 4)
+        for depth in (0, 2)
+    ]
+    configs += [v3_config(placement="v", schedule="dualpipev"), v3_config(placement="last", schedule="1f1b")]
+    for config in configs:
+        check(config)
+    return [make_plan(config) for config in configs]
+
+
+class TestJson:
+    """``plan.json`` has exactly the documented fields, and they agree with each other."""
+
+    def test_fields(self, plans: list[Plan]) -> None:
+        for plan in plans:
+            content = plan.to_json()
+            assert json.loads(json.dumps(content)) == content, "not plain JSON"
+            assert list(content) == [
+                *("pp", "dp", "ep", "placement", "schedule", "micro_batches", "stages", "predicted", "bound"),
+            ]
+            assert {tuple(stage) for stage in content["stages"]} == {
+                ("index", "rank", "units", "time_f", "time_i", "time_w", "params")
+            }
+            assert list(content["predicted"]) == ["step_time", "bubble", "peak_activation_bytes"]
+            assert list(content["bound"]) == ["balance", "ramp"]
+
+    def test_bubble_follows_from_the_times(self, plans: list[Plan]) -> None:
+        """``bubble = 1 - busy / (ranks * step time)``, as documented."""
+        for plan in plans:
+            content = plan.to_json()
+            busy = plan.micro_batches * sum(s["time_f"] + s["time_i"] + s["time_w"] for s in content["stages"])
+            expected = 1 - busy / (plan.pp * content["predicted"]["step_time"])
+            assert content["predicted"]["bubble"] == pytest.approx(expected, abs=1e-9)
+            assert len(content["predicted"]["peak_activation_bytes"]) == plan.pp
+
+    def test_units_and_parameters_add_up(self) -> None:
+        """Every unit stands in one stage; parameters sum up to the model's, plus the embedding's replica if any."""
+        for placement, schedule in EVERY_SCHEDULE:
+            for pp, depth in ((1, 1), (2, 0), (2, 1), (4, 1)):
+                config = tiny_config(pp, depth=depth, placement=placement, schedule=schedule)
+                plan = make_plan(config)
+                names = [name for stage in plan.stages for name in stage.unit_names]
+                assert names == [unit.name for unit in list_units(config)], f"{schedule}, P={pp}: {names}"
+                replica = 257 * config.model.hidden_size if placement == "last" and pp > 1 and depth > 0 else 0
+                total = sum(stage.cost.params for stage in plan.stages)
+                assert total == num_parameters(config) + replica, f"{schedule}, P={pp}, D={depth}: {total}"
+
+    def test_tied_head_on_another_rank_has_a_replica(self) -> None:
+        """Without MTP the last rank of ``last`` placement still needs the embedding if it is the head as well."""
+        config = tiny_config(2, depth=0, placement="last", schedule="1f1b")
+        untied = make_plan(config).stages[-1].cost.params
+        tied_config = dataclasses.replace(config, model=dataclasses.replace(config.model, tie_word_embeddings=True))
+        tied = make_plan(tied_config).stages[-1].cost.params
+        assert tied == untied, f"{tied} != {untied}: a replica in place of the head"
+
+
+class TestBounds:
+    """No plan is better than its own bounds."""
+
+    def test_efficiency_never_exceeds_them(self, plans: list[Plan]) -> None:
+        for plan in plans:
+            efficiency, limit = 1 - plan.timeline.bubble, plan.bound.balance * plan.bound.ramp
+            assert efficiency <= limit + 1e-9, f"{plan.schedule}, P={plan.pp}: {efficiency} > {limit}"
+            assert 0 < limit <= 1
+
+    def test_one_rank_loses_nothing(self, plans: list[Plan]) -> None:
+        for plan in plans:
+            if plan.pp == 1:
+                assert (plan.bound.balance, plan.bound.ramp) == (1, pytest.approx(1))
+                assert plan.timeline.bubble == pytest.approx(0)
+
+    def test_head_caps_large_pipelines(self) -> None:
+        """DeepSeek-V3, P=16: the head takes 1.385 of an average layer, each depth 2.54 more."""
+        bounds = [make_plan(v3_config(depth=depth, pp=16, layout="uniform")).bound.balance for depth in (0, 1, 2, 3)]
+        assert bounds == pytest.approx([1.0, 1.0, 0.652, 0.486], abs=0.005), bounds
+        plan = make_plan(v3_config(depth=2, pp=16, layout="uniform"))
+        assert plan.balanced_ranks == 10, plan.balanced_ranks
+
+    def test_1f1b_ramp_is_the_textbooks(self) -> None:
+        """Near-equal stages: M / (M + P - 1), to the few percent that stages differ and messages take."""
+        plan = make_plan(v3_config(depth=0, pp=4, micro_batches=16, placement="last", schedule="1f1b"))
+        assert plan.bound.ramp == pytest.approx(16 / 19, abs=0.02), plan.bound.ramp
+
+
+def test_auto_layout_beats_uniform() -> None:
+    """DeepSeek-V3 with D=1 on P=8: 7 % bubble against 24 % for equal unit counts (and 21 % for balanced 1F1B)."""
+    auto = make_plan(v3_config(schedule="dualpipev")).timeline
+    uniform = make_plan(v3_config(schedule="dualpipev", layout="uniform")).timeline
+    assert auto.bubble < 0.07 < 0.2 < uniform.bubble, f"{auto.bubble} and {uniform.bubble}"
+
+
+def test_v_keeps_both_ends_on_rank_0() -> None:
+    """Embedding, head and MTP modules belong to one rank, under every layout."""
+    for layout in ("auto", "uniform", "1,2,4,3"):
+        plan = make_plan(tiny_config(2, layout=layout))
+        names = [name for stage in plan.stages_of(0) for name in stage.unit_names]
+        assert {"embed", "head"} <= set(names), f"{layout}: rank 0 holds {names}"
+
+
+def test_forward_only_table_for_any_number_of_microbatches() -> None:
+    plan = make_plan(tiny_config(2))
+    table = plan.forward_only(3)
+    forwards = [str(action) for actions in table for action in actions if action.kind.value == "F"]
+    assert len(forwards) == 3 * plan.num_stages, forwards
+
+
+def test_planning_never_imports_torch() -> None:
+    """The command line plans without torch, and so without its seconds of start-up."""
+    program = (
+        "import sys, dist_mtp.pipeline.plan, dist_mtp.cli.plan; "
+        "print([name for name in ('torch', 'deepspeed', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stdout + done.stderr
+
+
+class TestCommand:
+    """``dist-mtp plan`` prints the plan and leaves plan.json and plan.png in the run folder."""
+
+    def test_writes_and_prints(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config: Config = dataclasses.replace(tiny_config(2), run=RunConfig(dir=str(tmp_path / "new" / "run")))
+        assert plan_command.run(config) == 0
+        folder = tmp_path / "new" / "run"
+        assert json.loads((folder / "plan.json").read_text()) == make_plan(config).to_json()
+        assert (folder / "plan.png").stat().st_size > 10_000
+        printed = capsys.readouterr().out
+        assert "embed" in printed
+        assert "predicted step" in printed
+        assert str(folder / "plan.json") in printed
+
+    def test_warns_when_the_head_is_too_slow(self) -> None:
+        text = plan_command.summary(make_plan(v3_config(depth=2, pp=16, layout="uniform")))
+        assert "parallel.pp=10 with more data parallelism" in text, text
+        assert "warning" not in plan_command.summary(make_plan(v3_config(depth=0, pp=4)))
+
+
+@pytest.mark.parametrize(("placement", "schedule"), EVERY_SCHEDULE)
+def test_picture_of_every_schedule(placement: str, schedule: str, tmp_path: Path) -> None:
+    """A PNG at least 1,000 pixels wide, higher with more ranks."""
+    heights = []
+    for pp in (2, 4):
+        path = tmp_path / f"{pp}.png"
+        plot_plan(make_plan(tiny_config(pp, placement=placement, schedule=schedule)), path)
+        header = path.read_bytes()[:24]
+        assert header[:8] == b"\x89PNG\r\n\x1a\n", header
+        width, height = struct.unpack(">II", header[16:24])
+        assert width >= 1000, width
+        heights.append(height)
+    assert heights[0] < heights[1], heights
