@@ -386,10 +386,27 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: names the keys, both numbers and the fix.
     """
+    _check_names(config)
     _check_positive(config)
     _check_model(config.model)
     _check_pipeline(config)
     _check_training(config)
+
+
+def _check_names(config: Config) -> None:
+    """Names become parts of paths: one that leads out of its folder would let a run write over something else."""
+    names = {"model.name": config.model.name, "data.name": config.data.name, "run.name": config.run.name}
+    for key, name in names.items():
+        if name is None:
+            continue
+        if name in ("", ".", "..") or name != name.strip() or not name.isprintable() or set(name) & set("/\\"):
+            raise ConfigError(
+                f"{key}={name!r} must be the name of one folder, without separators, control characters and outer "
+                "blanks: shorten it, and choose the place of a run with run.dir"
+            )
+    folder = config.run.dir
+    if folder is not None and (not folder.strip() or not folder.isprintable() or "${" in folder):
+        raise ConfigError(f"run.dir={folder!r} must be a plain path, the same for every rank: write it out")
 
 
 def _check_positive(config: Config) -> None:
@@ -398,8 +415,13 @@ def _check_positive(config: Config) -> None:
         "model.num_layers": config.model.num_layers,
         "model.num_attention_heads": config.model.num_attention_heads,
         "model.kv_lora_rank": config.model.kv_lora_rank,
+        "model.qk_nope_head_dim": config.model.qk_nope_head_dim,
         "model.qk_rope_head_dim": config.model.qk_rope_head_dim,
+        "model.v_head_dim": config.model.v_head_dim,
         "model.intermediate_size": config.model.intermediate_size,
+        "model.moe_intermediate_size": config.model.moe_intermediate_size,
+        "model.n_group": config.model.n_group,
+        "model.max_position_embeddings": config.model.max_position_embeddings,
         "parallel.pp": config.parallel.pp,
         "parallel.ep": config.parallel.ep,
         "pipeline.stages_per_rank": config.pipeline.stages_per_rank,
@@ -413,8 +435,12 @@ def _check_positive(config: Config) -> None:
         "monitor.log_every": config.monitor.log_every,
         "launcher.threads_per_rank": config.launcher.threads_per_rank,
     }
-    if config.parallel.dp is not None:
-        at_least_one["parallel.dp"] = config.parallel.dp
+    optional = {
+        "model.vocab_size": config.model.vocab_size,
+        "model.q_lora_rank": config.model.q_lora_rank,
+        "parallel.dp": config.parallel.dp,
+    }
+    at_least_one |= {key: value for key, value in optional.items() if value is not None}
     for key, value in at_least_one.items():
         if value < 1:
             raise ConfigError(f"{key}={value} must be at least 1")
@@ -429,6 +455,9 @@ def _check_positive(config: Config) -> None:
         "optim.decay_steps": config.optim.decay_steps,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip_norm": config.optim.clip_norm,
+        "optim.min_lr_ratio": config.optim.min_lr_ratio,
+        "model.router_bias_update_speed": config.model.router_bias_update_speed,
+        "model.initializer_range": config.model.initializer_range,
         "checkpoint.every": config.checkpoint.every,
         "eval.every": config.eval.every,
     }
@@ -436,6 +465,19 @@ def _check_positive(config: Config) -> None:
     for key, number in not_negative.items():
         if number < 0:
             raise ConfigError(f"{key}={number} must not be negative")
+    above_zero = {
+        "train.hang_timeout_s": config.train.hang_timeout_s,
+        "optim.eps": config.optim.eps,
+        "model.rms_norm_eps": config.model.rms_norm_eps,
+        "model.rope_theta": config.model.rope_theta,
+        "model.rope_scaling.factor": config.model.rope_scaling.factor,
+    }
+    for key, number in above_zero.items():
+        if number <= 0:
+            raise ConfigError(f"{key}={number} must be greater than 0")
+    for key, number in {"optim.beta1": config.optim.beta1, "optim.beta2": config.optim.beta2}.items():
+        if not 0 <= number < 1:
+            raise ConfigError(f"{key}={number} must be at least 0 and less than 1")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -520,9 +562,6 @@ def _check_training(config: Config) -> None:
         raise ConfigError(
             f"launcher=none trains in this process, but parallel.pp={config.parallel.pp} x parallel.dp={config.dp} needs {config.world_size} ranks: use launcher=local"
         )
-    for name in (config.run.name, config.run.dir):
-        if name is not None and ("${now" in name or not name.strip()):
-            raise ConfigError(f"run.name/run.dir must be a fixed, non-empty name that all ranks agree on, got {name!r}")
 
 
 def _check_deepspeed(ds: Mapping[str, Any]) -> None:

@@ -6,12 +6,25 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_mtp.config import Config
-from dist_mtp.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_RANK_FAILURE, EXIT_TERMINATED
+from dist_mtp.errors import (
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_RANK_FAILURE,
+    EXIT_TERMINATED,
+)
+from dist_mtp.monitor.result import read_result, write_result
 from dist_mtp.run_folder import CONFIG_FILE
+
+_SAID = (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_TERMINATED)
+"""Exit codes of a rank that ended on purpose and said why."""
 
 
 def launch(config: Config) -> int:
@@ -35,8 +48,10 @@ def _torchrun(config: Config, file: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Its report of a failed rank names processes, not what happened; ours follows.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Its report of a failed rank names processes, not what happened; ours follows. Each module's logger has a level.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -47,6 +62,8 @@ def _torchrun(config: Config, file: str) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
+        # After a signal, ranks finish their step and save: as long as that makes progress, they are not killed.
+        shutdown_timeout=max(30, int(config.train.hang_timeout_s)),
     )
     try:
         elastic_launch(settings, sys.executable)("-u", "-m", "dist_mtp.train", "--config", file)
@@ -58,14 +75,43 @@ def _torchrun(config: Config, file: str) -> int:
 
 
 def _explain_failure(config: Config, error: Any) -> int:
-    """Name the rank that failed first and say where its log is."""
-    rank, failure = error.get_first_failure()
+    """Say which rank failed first and where its log is; leave a ``result.json`` if no rank could."""
+    rank, failure = first_failure(error.failures)
     code = failure.exitcode
     if code < 0:
-        print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr)
-        code = EXIT_RANK_FAILURE
-    elif code in (1, EXIT_RANK_FAILURE):
-        print(f"error: rank {rank} failed or stopped making progress", file=sys.stderr)
-        code = EXIT_RANK_FAILURE
+        message = f"rank {rank} was killed by {failure.signal_name()}"
+    elif code in _SAID:
+        message = f"rank {rank} ended with exit code {code}"
+    else:
+        message = f"rank {rank} failed or stopped making progress"
+    code = code if code in _SAID else EXIT_RANK_FAILURE
+    for other, late in error.failures.items():
+        # torchrun waits half a minute between its SIGTERM and its SIGKILL.
+        if late.exitcode == -signal.SIGKILL and late.timestamp > failure.timestamp + 1:
+            message += f"; rank {other} did not react to SIGTERM and was killed: it may be the one that hung"
+    if code == EXIT_RANK_FAILURE or rank != 0:  # otherwise rank 0 has said it
+        print(f"error: {message}", file=sys.stderr)
     print(f"logs of all ranks: {Path(config.run_dir) / 'logs'}", file=sys.stderr)
+    if read_result(config.run_dir) is None:
+        write_result(config.run_dir, "failed", code, {}, None, message)
     return code
+
+
+def first_failure(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """The rank to blame and its ``ProcessFailure``.
+
+    When one rank ends, its peers fail in their next exchange with it, often within the second that torchrun's time
+    stamps resolve; then the rank whose end says most comes first.
+    """
+
+    def blame(rank: int) -> tuple[int, int]:
+        code = failures[rank].exitcode
+        if code in _SAID:
+            return 0, rank
+        if code < 0 and code != -signal.SIGTERM:
+            return 1, rank  # killed from outside
+        return (2, rank) if code > 0 else (3, rank)  # lost its peer, or torchrun stopped it for that
+
+    start = min(failure.timestamp for failure in failures.values())
+    rank = min((rank for rank, failure in failures.items() if failure.timestamp <= start + 1), key=blame)
+    return rank, failures[rank]

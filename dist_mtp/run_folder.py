@@ -9,6 +9,7 @@ import yaml
 
 from dist_mtp.config import Config, to_dict
 from dist_mtp.errors import ConfigError
+from dist_mtp.monitor.result import RESULT
 
 CONFIG_FILE = "config.yaml"
 _FIXED = ("model", "data", "tokenizer", "precision", "mtp", "train.seed", "train.seq_len")
@@ -19,22 +20,40 @@ _FREE_MTP = ("mtp.loss_weight", "mtp.loss_weight_steps")
 def prepare_run_folder(config: Config) -> None:
     """Create or continue ``run.dir`` and write the resolved ``config.yaml`` into it.
 
-    ``resume=never`` sets an existing folder aside by renaming it, so nothing is lost.
+    ``resume=never`` sets an existing run aside by renaming its folder, so nothing is lost. A folder without
+    ``config.yaml`` holds no run and is used as it is.
 
     Raises:
-        ConfigError: the folder belongs to a run with other settings.
+        ConfigError: the folder belongs to a run with other settings, or cannot be written.
     """
     folder = Path(config.run_dir)
     file = folder / CONFIG_FILE
-    if folder.exists() and config.resume == "never":
-        aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
-        folder.rename(aside)
-    elif file.exists():
-        _check_same_run(folder, yaml.safe_load(file.read_text()), to_dict(config))
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    temporary.replace(file)
+    try:
+        if file.exists() and config.resume == "never":
+            aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+            folder.rename(aside)
+        elif file.exists():
+            _check_same_run(folder, _read(file), to_dict(config))
+        folder.mkdir(parents=True, exist_ok=True)
+        # A result says how the run ended; this one is about to go on.
+        (folder / RESULT).unlink(missing_ok=True)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        temporary.replace(file)
+    except OSError as error:
+        raise ConfigError(
+            f"run folder {folder} cannot be written ({error.strerror}: {error.filename}): choose another run.dir"
+        ) from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} is damaged: delete it, if the folder is your run's, or choose another run.name")
+    return values
 
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -15,6 +15,7 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +34,16 @@ from dist_mtp.errors import (
     DivergedError,
 )
 
+SIGNAL_PATIENCE_S = 5.0
+"""Repeated signals within this time are one stop: Slurm, for example, signals all ranks and also their launcher, which
+passes it on."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
-    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
+    # Launchers append the local rank in two spellings; the environment says it as well.
+    local_rank = ("--local_rank", "--local-rank")
+    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith(local_rank)]
     faulthandler.enable()
     try:
         config = load_config(arguments)
@@ -59,10 +66,16 @@ def load_config(arguments: Sequence[str]) -> Config:
     """The resolved file after ``--config``, or the composition of overrides.
 
     Raises:
-        ConfigError: bad overrides, or a sweep started inside a launcher.
+        ConfigError: bad overrides, an unreadable file, or a sweep started inside a launcher.
     """
     if len(arguments) == 2 and arguments[0] == "--config":
-        return from_mapping(yaml.safe_load(Path(arguments[1]).read_text()))
+        try:
+            values = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"--config {arguments[1]} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"--config {arguments[1]} holds no configuration: give the config.yaml of a run folder")
+        return from_mapping(values)
     if {"-m", "--multirun"} & set(arguments):
         raise ConfigError(
             "a sweep cannot run inside a launcher: use `dist-mtp train -m ...`, which launches every point"
@@ -84,7 +97,6 @@ def run_rank(config: Config, *, launched: bool) -> int:
     from dist_mtp.data.corpus import prepare
     from dist_mtp.data.tokenizers import tokenizer_vocab_size
     from dist_mtp.monitor.monitor import Monitor, RunMonitor
-    from dist_mtp.monitor.result import write_result
     from dist_mtp.parallel.collectives import check_same_hash
     from dist_mtp.parallel.mesh import init_process_group, make_mesh
     from dist_mtp.parallel.watchdog import Watchdog
@@ -115,24 +127,44 @@ def run_rank(config: Config, *, launched: bool) -> int:
         trainer = Trainer(config, mesh, plan, corpus, monitor, watchdog.beat)
         received = _stop_on_signals(trainer)
         metrics = trainer.run()
-        stopped = trainer.stop_requested
+        code = EXIT_DONE
+        if trainer.stop_requested:
+            code = EXIT_INTERRUPTED if signal.SIGINT in received else EXIT_TERMINATED
         if rank == 0:
-            code = (EXIT_INTERRUPTED if received == [signal.SIGINT] else EXIT_TERMINATED) if stopped else EXIT_DONE
-            write_result(
-                run_dir, "interrupted" if stopped else "done", code, metrics, metrics.get("eval_loss_main"), None
-            )
-            if not stopped:
-                monitor.finish()
-            monitor.close()
+            _report_end(config, trainer.step, metrics, code, monitor)
         watchdog.beat("shutdown")
         dist.barrier()
+    except Exception as error:
+        if rank == 0:  # the terminal may be gone; the other ranks' error output is their log
+            print(error if isinstance(error, DistMtpError) else traceback.format_exc(), file=log)
+        raise
     finally:
         watchdog.stop()
         log.flush()
     dist.destroy_process_group()
-    if stopped:
-        return EXIT_INTERRUPTED if received == [signal.SIGINT] else EXIT_TERMINATED
-    return EXIT_DONE
+    return code
+
+
+def _report_end(config: Config, step: int, metrics: dict[str, float], code: int, monitor: Any) -> None:
+    """Write ``result.json`` and the final report.
+
+    Args:
+        metrics: of the last step; empty when the checkpoint that training starts from is of the last step, or a later.
+    """
+    from dist_mtp.monitor.metrics import read_metrics
+    from dist_mtp.monitor.result import write_result
+
+    if metrics and code == EXIT_DONE:
+        monitor.finish()
+    if not metrics:
+        print(
+            f"nothing to do: {config.run_dir} is trained to step {step} of train.steps={config.train.steps}; raise "
+            "train.steps to train on, or set resume=never to start anew"
+        )
+        metrics = next(reversed(read_metrics(Path(config.run_dir) / "metrics.jsonl")), {})
+    status = "done" if code == EXIT_DONE else "interrupted"
+    write_result(config.run_dir, status, code, metrics, metrics.get("eval_loss_main"), None)
+    monitor.close()
 
 
 def _throughput(config: Config, device: Any) -> Any:
@@ -160,13 +192,19 @@ def _open_rank_log(run_dir: Path, rank: int) -> Any:
 
 
 def _stop_on_signals(trainer: Any) -> list[signal.Signals]:
-    """Finish the step, save and stop on SIGTERM or SIGINT; a second signal ends the process at once."""
+    """Finish the step, save and stop on SIGTERM or SIGINT; a second signal, given patience, ends the process at once."""
     received: list[signal.Signals] = []
+    first = 0.0
 
     def handle(number: int, frame: object) -> None:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        elif time.monotonic() - first > SIGNAL_PATIENCE_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         received.append(signal.Signals(number))
         trainer.stop_requested = True
-        signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)

@@ -84,7 +84,7 @@ class Trainer:
         config = self.config
         self.beat("restore")
         fingerprint = self.corpus.info["fingerprint"]
-        start = restore_newest(config, self.engine, self.mesh, corpus=fingerprint, report=self.monitor.warn)
+        self.step = start = restore_newest(config, self.engine, self.mesh, corpus=fingerprint, report=self.monitor.warn)
         self.monitor.start(resume_step=start)
         metrics: Metrics = {}
         for self.step in range(start + 1, config.train.steps + 1):

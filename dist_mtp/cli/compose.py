@@ -20,6 +20,7 @@ from dist_mtp.config import Config, from_mapping
 from dist_mtp.errors import ConfigError
 from dist_mtp.typed_config import nearest, valid_keys
 
+_LAYOUT = re.compile(r"pipeline\.layout=(\d+(,\d+)+)")
 _OVERRIDE = re.compile(r"^(?P<sign>~|\+\+?)?(?P<key>[^=@]+)(@[^=]*)?(=.*)?$", re.DOTALL)
 
 
@@ -40,7 +41,8 @@ def compose(overrides: Sequence[str]) -> Config:
             composed = hydra_compose("config", overrides=check_overrides(overrides))
         return from_composed(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error).strip().splitlines()[0]) from error
+        # The first line says what, the following ones what to write instead.
+        raise ConfigError(" ".join(line.strip() for line in str(error).splitlines()).strip()) from error
 
 
 def from_composed(composed: DictConfig) -> Config:
@@ -55,7 +57,7 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
     """Refuse unknown keys with the nearest valid one; let ``ds.*`` add keys without a ``+``.
 
     Raises:
-        ConfigError: an argument that is no ``KEY=VALUE``, an unknown key or an unknown group member.
+        ConfigError: an argument that is no ``KEY=VALUE``, an unknown key, an unknown group member or code to run.
     """
     keys, groups = valid_keys(Config), config_groups()
     checked = []
@@ -63,10 +65,17 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
         match = _OVERRIDE.match(override)
         if match is None or ("=" not in override and match["sign"] != "~"):
             raise ConfigError(f"'{override}' is not an override: write KEY=VALUE{nearest(override, list(keys))}")
+        if "_target_" in override:
+            raise ConfigError(f"'{override}' is refused: configurations name things, they do not run code (_target_)")
         key, value = match["key"].replace("/", "."), override.partition("=")[2]
-        if key.startswith("ds."):
+        if match["sign"] == "~":
+            raise ConfigError(f"'{override}' would delete {key}, but no key can be absent: set {key} to another value")
+        if key.startswith("ds.") or (key in keys and key not in groups and value.startswith("{")):
+            # Added by force, so that keys unknown to Hydra reach from_mapping, which names the nearest known one.
             checked.append(override if match["sign"] else f"++{override}")
             continue
+        if layout := _LAYOUT.fullmatch(override):
+            override = f"pipeline.layout='{layout[1]}'"  # bare, Hydra takes it for a sweep over numbers
         if key in groups:
             if value and not re.fullmatch(r"\[.*\]|null", value) and "," not in value and value not in groups[key]:
                 raise ConfigError(f"{key}={value} is not one of {', '.join(groups[key])}{nearest(value, groups[key])}")

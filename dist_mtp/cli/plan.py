@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dist_mtp.config import Config
+from dist_mtp.cli.compose import compose
+from dist_mtp.config import Config, resolve
+from dist_mtp.data.tokenizers import tokenizer_vocab_size
 from dist_mtp.monitor.atomic import replace_text
 from dist_mtp.monitor.formatting import compact, percent
 from dist_mtp.monitor.plots import plot_plan
 from dist_mtp.pipeline.plan import Plan, make_plan
 
 PLAN, PICTURE = "plan.json", "plan.png"
+
+
+def main(arguments: list[str]) -> int:
+    """``dist-mtp plan [overrides]``."""
+    config = compose(arguments)
+    return run(resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer)))
 
 
 def run(config: Config) -> int:

@@ -11,6 +11,7 @@ from dist_mtp.data.sources import check_source
 from dist_mtp.data.tokenizers import check_tokenizer, tokenizer_vocab_size
 from dist_mtp.errors import ConfigError
 from dist_mtp.launch import launch
+from dist_mtp.pipeline.plan import make_plan
 from dist_mtp.run_folder import prepare_run_folder
 
 
@@ -32,6 +33,7 @@ def train(config: Config) -> int:
     check_source(config.data)
     check_tokenizer(config.tokenizer)
     config = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer))
+    make_plan(config)  # each rank makes its own; here it refuses a layout that does not fit before anything is started
     _check_resume(config)
     prepare_run_folder(config)
     print(f"run folder {config.run_dir}, {config.world_size} ranks", file=sys.stderr)

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from model.model_cases import YARN, batch_of, build, config_of, logical_parameters, max_difference, random_ids, scramble, trunk
+from model.model_cases import (
+    YARN,
+    batch_of,
+    build,
+    config_of,
+    logical_parameters,
+    max_difference,
+    random_ids,
+    scramble,
+    trunk,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM

@@ -51,6 +51,7 @@ class Reference:
         self.biases = {key.removeprefix("bias/"): t.double() for key, t in dump.items() if key.startswith("bias/")}
         self.input_ids, self.document_ids = dump["batch/input_ids"], dump["batch/document_ids"]
         self.used: set[str] = set()
+        self.objective = math.nan
         self.selection_margin = math.inf
         """Smallest lead of a chosen expert or group over the best one that was not: below float32 rounding of a score
         (about 1e-7), a float32 run may rightly have chosen otherwise."""
@@ -221,17 +222,12 @@ class Reference:
             losses.append(self.target_losses(previous, row, shift=1 + depth))
         return losses
 
-    def losses(self) -> dict[str, Tensor]:
-        """Mean over the valid targets of the whole batch, 0 without any; ``mtp.normalize=paper`` divides a depth's sum by rows * T."""
-        rows = len(self.input_ids)
-        per_row = [self.row_losses(row) for row in range(rows)]
-        means = {}
-        for depth, per_depth in enumerate(zip(*per_row, strict=True)):
-            targets = torch.cat(per_depth)
-            by_positions = depth > 0 and self.mtp["normalize"] == "paper"
-            count = rows * self.config["train"]["seq_len"] if by_positions else len(targets)
-            means[f"mtp_{depth}" if depth else "main"] = targets.sum() / max(count, 1)
-        return means
+    def batch_losses(self) -> dict[str, Tensor]:
+        """Losses of all valid targets of the batch, of ``main`` and each ``mtp_K``."""
+        rows = [self.row_losses(row) for row in range(len(self.input_ids))]
+        return {
+            f"mtp_{depth}" if depth else "main": torch.cat(parts) for depth, parts in enumerate(zip(*rows, strict=True))
+        }
 
     def loss_weight(self, step: int) -> float:
         """lambda of step ``step`` (from 1), which depends on the tokens trained on before it."""
@@ -242,13 +238,22 @@ class Reference:
         return weight
 
     def backward(self, step: int) -> dict[str, float]:
-        """Losses by name; afterwards ``params[...].grad`` is the gradient of main + lambda/D * sum of depth losses."""
-        losses = self.losses()
-        objective = losses["main"]
+        """Mean loss per valid target by name (0 without any); ``objective`` and every ``params[...].grad`` are set.
+
+        The objective is main + lambda/D * sum of depth losses. ``mtp.normalize=paper`` divides a depth's sum by
+        rows * T in there (equation 24), and changes nothing in the means, which stay comparable between depths.
+        """
+        losses = self.batch_losses()
+        means = {name: each.sum() / max(len(each), 1) for name, each in losses.items()}
+        positions = len(self.input_ids) * self.config["train"]["seq_len"]
+        objective = means["main"]
         for depth in range(1, self.mtp["depth"] + 1):
-            objective = objective + self.loss_weight(step) / self.mtp["depth"] * losses[f"mtp_{depth}"]
+            paper = losses[f"mtp_{depth}"].sum() / positions
+            loss = paper if self.mtp["normalize"] == "paper" else means[f"mtp_{depth}"]
+            objective = objective + self.loss_weight(step) / self.mtp["depth"] * loss
         objective.backward()
-        return {name: loss.item() for name, loss in losses.items()}
+        self.objective = objective.item()
+        return {name: mean.item() for name, mean in means.items()}
 
 
 # --- comparison ----------------------------------------------------------------------------------------------------
@@ -275,7 +280,10 @@ class Comparison:
     losses: list[Difference]
     gradients: list[Difference]
     """Worst first."""
+    objective: float
+    """The reference's."""
     selection_margin: float
+    """See :class:`Reference`."""
 
     @property
     def worst(self) -> Difference:
@@ -316,6 +324,7 @@ def compare(dump: Dump, config: dict[str, Any], step: int, reference: type[Refer
     return Comparison(
         losses=differences(found_losses, expected_losses, set(found_losses) | set(expected_losses)),
         gradients=differences(found_gradients, expected_gradients, set(found_gradients) | set(model.params)),
+        objective=model.objective,
         selection_margin=model.selection_margin,
     )
 

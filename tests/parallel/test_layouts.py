@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from support.parity import (
     ALL_VARIANTS,
@@ -29,6 +31,7 @@ from support.worlds import (
     evaluated,
 )
 
+CLIP_NORM = 0.5
 HIDDEN_BYTES = 1 * 24 * 32 * 4
 """One microbatch's hidden states: [1, 24, 32] in fp32."""
 
@@ -109,6 +112,38 @@ class TestEvaluation:
             rows = json.loads((run_of(folder, layout, evaluated(layout)) / "rows.json").read_text())
             losses[str(layout)] = rows[0]["eval_loss_main"]  # before the first step all weights are equal bit for bit
         assert len(set(losses.values())) == 1, losses
+
+
+class TestUpdate:
+    """From the dumped gradients of a step, clipping by their joint norm and a textbook AdamW give the parameters that the
+    next step starts from; norm weights are not decayed. So what is dumped is what was applied, the norm counts shared
+    parameters once, and ZeRO-1 changes nothing."""
+
+    @pytest.mark.parametrize(
+        "layout", [REFERENCE, *layouts(2), Layout("v", "zbv", 2, 2), Layout("last", "1f1b", 2, 2)], ids=str
+    )
+    def test_adamw(self, folder: Path, layout: Layout) -> None:
+        run = run_of(folder, layout, Variant(1))
+        rows = json.loads((run / "rows.json").read_text())
+        dumps = [load_file(run / "dumps" / f"step_{step}.safetensors") for step in range(1, STEPS + 1)]
+        moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for index, (before, after) in enumerate(itertools.pairwise(dumps)):
+            row, step = rows[index], index + 1
+            gradients = {k.removeprefix("grad/"): v.double() for k, v in before.items() if k.startswith("grad/")}
+            norm = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+            assert abs(norm - row["grad_norm"]) <= 1e-6 * norm, f"norm {row['grad_norm']} logged, {norm} from the dump"
+            for name, gradient in gradients.items():
+                parameter, clipped = before[f"param/{name}"].double(), gradient * min(1.0, CLIP_NORM / norm)
+                m, v = moments.get(name, (torch.zeros_like(clipped), torch.zeros_like(clipped)))
+                m, v = 0.9 * m + 0.1 * clipped, 0.95 * v + 0.05 * clipped**2
+                moments[name] = m, v
+                decay = 0.1 if parameter.dim() > 1 else 0.0
+                step_size = (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+                expected = parameter - row["lr"] * (decay * parameter + step_size)
+                moved = (after[f"param/{name}"].double() - expected).norm() / (expected - parameter).norm().clamp_min(
+                    1e-12
+                )
+                assert moved <= 1e-4, f"step {step} {name}: {moved:.1e} of the update from a textbook AdamW"
 
 
 class TestSharing:

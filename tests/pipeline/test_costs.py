@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from pipeline_cases import DEEPSEEK_V3, tiny_config, v3_config
+from pipeline.pipeline_cases import DEEPSEEK_V3, tiny_config, v3_config
 
 from dist_mtp.config import Config, ModelConfig, MtpConfig, TrainConfig
 from dist_mtp.errors import ConfigError

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import pytest
-from pipeline_cases import all_tables, v_ranks
+from pipeline.pipeline_cases import all_tables, v_ranks
 
 from dist_mtp.pipeline import schedules
 from dist_mtp.pipeline.lowering import lower

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import pytest
-from pipeline_cases import v3_config, v_ranks
+from pipeline.pipeline_cases import v3_config, v_ranks
 
 from dist_mtp.errors import ConfigError
 from dist_mtp.pipeline.costs import UnitCost, unit_costs
@@ -67,6 +67,25 @@ def test_ties_are_broken_towards_even_stages() -> None:
     assert counts == [3, 3, 3, 1], counts
     counts = [len(units) for units in partition(costs_of([1.0] * 12), v_ranks(2))]
     assert counts == [3, 3, 3, 3], counts
+
+
+@pytest.mark.parametrize("ranks", [v_ranks(2), v_ranks(3)], ids=lambda ranks: str(ranks))
+def test_v_ties_have_the_least_sum_of_squares(ranks: tuple[int, ...]) -> None:
+    """Among the partitions that keep the pace, none has a smaller sum of squared rank and stage times."""
+    rng = random.Random(7)
+
+    def spread(cut: Partition) -> float:
+        stages = [sum(times[unit] for unit in units) for units in cut]
+        totals = [sum(time for time, rank in zip(stages, ranks, strict=True) if rank == r) for r in set(ranks)]
+        return sum(time * time for time in stages + totals)
+
+    for _ in range(20):
+        times = [rng.choice([0.5, 1.0, 1.5, 2.0]) for _ in range(10)] + [8.0]
+        found = partition(costs_of(times), ranks)
+        cuts = list(every_partition(len(times), len(ranks)))
+        pace = min(slowest_rank(cut, times, ranks) for cut in cuts)
+        best = min(spread(cut) for cut in cuts if slowest_rank(cut, times, ranks) <= pace + 1e-9)
+        assert spread(found) == pytest.approx(best), f"{times}: {spread(found)} with {found}, the best is {best}"
 
 
 def test_slack_is_kept() -> None:

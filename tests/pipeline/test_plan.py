@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pipeline_cases import tiny_config, v3_config
+from pipeline.pipeline_cases import tiny_config, v3_config
 
 from dist_mtp.cli import plan as plan_command
 from dist_mtp.config import LAST_SCHEDULES, V_SCHEDULES, Config, RunConfig, check

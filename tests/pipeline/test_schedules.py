@@ -5,7 +5,7 @@ from __future__ import annotations
 from unittest.mock import MagicMock
 
 import pytest
-from pipeline_cases import all_tables, v_ranks
+from pipeline.pipeline_cases import all_tables, v_ranks
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from dist_mtp.pipeline import schedules

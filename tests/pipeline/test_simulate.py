@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pipeline_cases import all_tables, equal_stages, v_ranks
+from pipeline.pipeline_cases import all_tables, equal_stages, v_ranks
 
 from dist_mtp.pipeline import schedules
 from dist_mtp.pipeline.costs import UnitCost

@@ -133,7 +133,7 @@ def make_config(folder: Path, layout: Layout, variant: Variant) -> Config:
         },
         "eval": {"every": 0, "batches": 1},
         "checkpoint": {"every": 0},
-        "debug": {"dump_steps": [1, STEPS]},
+        "debug": {"dump_steps": list(range(1, STEPS + 1))},
         "run": {"dir": str(run_dir(folder, layout, variant))},
     }
     for key, value in variant.extra:
@@ -195,7 +195,7 @@ def compare(run: Path, reference: Path) -> Difference:
         for key in (k for k in other if k.startswith("loss")):
             loss = max(loss, abs(row[key] - other[key]) / abs(other[key]))
         norm = max(norm, abs(row["grad_norm"] - other["grad_norm"]) / other["grad_norm"])
-    for step in (1, STEPS):
+    for step in range(1, STEPS + 1):
         ours, theirs = (load_file(p / "dumps" / f"step_{step}.safetensors") for p in (run, reference))
         assert ours.keys() == theirs.keys(), f"tensors of only one run: {sorted(ours.keys() ^ theirs.keys())}"
         for name in theirs:
