@@ -145,7 +145,7 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = 300
+    steps: int = 600
     micro_batch_size: int = 4
     """Rows of one microbatch."""
     micro_batches: int = 4
@@ -172,7 +172,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     """Learning rate at the last step, as a share of ``lr``."""
     warmup_steps: int = 20
-    decay_steps: int = 100
+    decay_steps: int = 200
     """Length of the final cosine; between warmup and decay the rate is constant."""
     beta1: float = 0.9
     beta2: float = 0.95
@@ -215,7 +215,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 100
+    every: int = 200
     """Steps between checkpoints; 0 writes only the final one."""
     keep: int = 2
     """Newest checkpoints that are kept."""

@@ -55,10 +55,10 @@ def reduce_heads(
     return HeadTotals(*fields), flat[4 * num_heads :]
 
 
-def reduce_health(balance: Balance, mesh: Mesh) -> Metrics:
-    """``memory_gib`` and, with MoE layers, ``load_max_violation``: maxima over all ranks. Collective."""
+def reduce_health(balance: Balance, mesh: Mesh, *, has_moe: bool) -> Metrics:
+    """``memory_gib`` and, where any layer has experts, ``load_max_violation``: maxima over all ranks. Collective."""
     memory, violation = all_max([_peak_memory_gib(mesh.device), balance.max_violation], mesh.device)
-    return {"memory_gib": memory} | ({"load_max_violation": violation} if violation > 0 else {})
+    return {"memory_gib": memory} | ({"load_max_violation": violation} if has_moe else {})
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -115,11 +115,12 @@ def run_rank(config: Config, *, launched: bool) -> int:
         prepare_run_folder(config)
     dist.barrier()
     log = _open_rank_log(run_dir, rank)
+    if rank == 0 and not launched:
+        # One writer; the others find the cache. Longer than any step, so the watchdog does not watch it.
+        prepare(config.data, config.tokenizer)
+    dist.barrier()
     watchdog = Watchdog(timeout, log)
     try:
-        if rank == 0:
-            prepare(config.data, config.tokenizer)  # one writer; the others find the cache
-        dist.barrier()
         corpus = prepare(config.data, config.tokenizer, check_hashes=False)
         mesh = make_mesh(config, device)
         plan = make_plan(config, torch.cuda.get_device_name(device) if device.type == "cuda" else None)

@@ -120,6 +120,7 @@ class Trainer:
         grad_norm = self.engine.step(lr)
         balance = move_router_biases(self.model, config.model, self.mesh)
 
+        has_moe = config.model.n_routed_experts > 0
         bias_squares = balance.bias_square_sum if self.mesh.dp_rank == 0 else 0.0
         totals, (bias_squares, stops) = reduce_heads(
             stats, config.mtp.depth + 1, self.mesh, extra=(bias_squares, float(self.stop_requested))
@@ -141,8 +142,8 @@ class Trainer:
             "mtp_weight": mtp_weight,
             "grad_norm": grad_norm,
             "lr": lr,
-            **({"router_bias_norm": math.sqrt(bias_squares)} if config.model.n_routed_experts else {}),
-            **reduce_health(balance, self.mesh),
+            **({"router_bias_norm": math.sqrt(bias_squares)} if has_moe else {}),
+            **reduce_health(balance, self.mesh, has_moe=has_moe),
             "data_wait_s": data_wait,
             "step_time": time.perf_counter() - started,
         }

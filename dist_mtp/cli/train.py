@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dist_mtp.cli.compose import compose
 from dist_mtp.config import Config, resolve
+from dist_mtp.data.corpus import prepare
 from dist_mtp.data.sources import check_source
 from dist_mtp.data.tokenizers import check_tokenizer, tokenizer_vocab_size
 from dist_mtp.errors import ConfigError
@@ -28,13 +29,15 @@ def train(config: Config) -> int:
     """Check everything that needs no process, then start the ranks; returns the exit code.
 
     Raises:
-        ConfigError: before anything was started.
+        ConfigError: before anything was started or written.
+        DataError: the corpus is damaged; before anything was started.
     """
     check_source(config.data)
     check_tokenizer(config.tokenizer)
     config = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer))
     make_plan(config)  # each rank makes its own; here it refuses a layout that does not fit before anything is started
     _check_resume(config)
+    prepare(config.data, config.tokenizer)
     prepare_run_folder(config)
     print(f"run folder {config.run_dir}, {config.world_size} ranks", file=sys.stderr)
     return launch(config)

@@ -42,9 +42,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_normalised_weights": {"norm_topk_prob": False, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
     "other_epsilon": {"rms_norm_eps": 0.1},
 }
-SAME_NAME = """vocab_size hidden_size num_attention_heads q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim
-v_head_dim intermediate_size first_k_dense_replace n_routed_experts n_shared_experts num_experts_per_tok
-moe_intermediate_size n_group topk_group norm_topk_prob routed_scaling_factor tie_word_embeddings rms_norm_eps""".split()
+SAME_NAME = [
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "first_k_dense_replace",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+]
 
 
 def hf_config(config: Config) -> dict[str, Any]:

@@ -69,9 +69,13 @@ def test_ties_are_broken_towards_even_stages() -> None:
     assert counts == [3, 3, 3, 3], counts
 
 
-@pytest.mark.parametrize("ranks", [v_ranks(2), v_ranks(3)], ids=lambda ranks: str(ranks))
-def test_v_ties_have_the_least_sum_of_squares(ranks: tuple[int, ...]) -> None:
-    """Among the partitions that keep the pace, none has a smaller sum of squared rank and stage times."""
+@pytest.mark.parametrize("slack", [0.0, 0.05])
+@pytest.mark.parametrize("ranks", [v_ranks(2), v_ranks(3), (0, 1, 2, 3, 4)], ids=lambda ranks: str(ranks))
+def test_least_sum_of_squares_within_the_slack(ranks: tuple[int, ...], slack: float) -> None:
+    """Among the partitions at most ``slack`` slower than the fastest, none has more even ranks and stages.
+
+    A breach is a larger sum of squared times than the best, or a smaller one, bought with more slack than was allowed.
+    """
     rng = random.Random(7)
 
     def spread(cut: Partition) -> float:
@@ -79,22 +83,13 @@ def test_v_ties_have_the_least_sum_of_squares(ranks: tuple[int, ...]) -> None:
         totals = [sum(time for time, rank in zip(stages, ranks, strict=True) if rank == r) for r in set(ranks)]
         return sum(time * time for time in stages + totals)
 
-    for _ in range(20):
-        times = [rng.choice([0.5, 1.0, 1.5, 2.0]) for _ in range(10)] + [8.0]
-        found = partition(costs_of(times), ranks)
+    for _ in range(100):
+        times = [rng.uniform(0.5, 2.0) for _ in range(10)] + [rng.uniform(2.0, 4.0)]
+        found = partition(costs_of(times), ranks, slack=slack)
         cuts = list(every_partition(len(times), len(ranks)))
-        pace = min(slowest_rank(cut, times, ranks) for cut in cuts)
-        best = min(spread(cut) for cut in cuts if slowest_rank(cut, times, ranks) <= pace + 1e-9)
+        pace = (1 + slack) * min(slowest_rank(cut, times, ranks) for cut in cuts)
+        best = min(spread(cut) for cut in cuts if slowest_rank(cut, times, ranks) <= pace + 1e-7)
         assert spread(found) == pytest.approx(best), f"{times}: {spread(found)} with {found}, the best is {best}"
-
-
-def test_slack_is_kept() -> None:
-    """With 5 % slack the slowest rank is at most 5 % slower than the least possible."""
-    costs = unit_costs(v3_config(), PROFILES["h100"])
-    times = [cost.time for cost in costs]
-    exact = slowest_rank(partition(costs, v_ranks(4)), times, v_ranks(4))
-    loose = slowest_rank(partition(costs, v_ranks(4), slack=0.05), times, v_ranks(4))
-    assert exact * (1 - 1e-9) <= loose <= exact * 1.05 * (1 + 1e-6), f"{exact} and {loose}"
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
