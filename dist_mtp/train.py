@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Launchers append the local rank in two spellings; the environment says it as well.
     local_rank = ("--local_rank", "--local-rank")
     arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith(local_rank)]
-    faulthandler.enable()
     try:
         config = load_config(arguments)
     except DistMtpError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    faulthandler.enable()  # a crash in native code shows its Python stack
     try:
         return run_rank(config, launched="--config" in arguments)
     except DistMtpError as error:

@@ -20,6 +20,7 @@ from dist_mtp.config import Config, from_mapping
 from dist_mtp.errors import ConfigError
 from dist_mtp.typed_config import nearest, valid_keys
 
+_TARGET = re.compile(r"(?<!\w)_target_['\"]?\s*[:=]")
 _LAYOUT = re.compile(r"pipeline\.layout=(\d+(,\d+)+)")
 _OVERRIDE = re.compile(r"^(?P<sign>~|\+\+?)?(?P<key>[^=@]+)(@[^=]*)?(=.*)?$", re.DOTALL)
 
@@ -60,12 +61,13 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
         ConfigError: an argument that is no ``KEY=VALUE``, an unknown key, an unknown group member or code to run.
     """
     keys, groups = valid_keys(Config), config_groups()
+    own_files = any(override.startswith("hydra.searchpath=") for override in overrides)
     checked = []
     for override in overrides:
         match = _OVERRIDE.match(override)
         if match is None or ("=" not in override and match["sign"] != "~"):
             raise ConfigError(f"'{override}' is not an override: write KEY=VALUE{nearest(override, list(keys))}")
-        if "_target_" in override:
+        if _TARGET.search(override):
             raise ConfigError(f"'{override}' is refused: configurations name things, they do not run code (_target_)")
         key, value = match["key"].replace("/", "."), override.partition("=")[2]
         if match["sign"] == "~":
@@ -77,7 +79,8 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
         if layout := _LAYOUT.fullmatch(override):
             override = f"pipeline.layout='{layout[1]}'"  # bare, Hydra takes it for a sweep over numbers
         if key in groups:
-            if value and not re.fullmatch(r"\[.*\]|null", value) and "," not in value and value not in groups[key]:
+            known = value in ("", "null", *groups[key]) or own_files or "," in value or value.startswith("[")
+            if not known:
                 raise ConfigError(f"{key}={value} is not one of {', '.join(groups[key])}{nearest(value, groups[key])}")
         elif key not in keys and not key.startswith("hydra"):
             raise ConfigError(f"unknown key '{key}'{nearest(key, [*keys, *groups])}")

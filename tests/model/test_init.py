@@ -39,6 +39,14 @@ class TestLayouts:
         name = "model.layers.1.mlp.experts.3.up_proj.weight"
         assert torch.equal(eight[name], four[name]), f"{eight[name]} != {four[name]}"
 
+    def test_each_tensor_has_its_own_generator(self) -> None:
+        """Whatever is fused in memory: values come from a generator seeded for this name alone."""
+        for name, tensor in logical_parameters(build(config_of())).items():
+            if tensor.dim() > 1:
+                generator = torch.Generator().manual_seed(tensor_seed(1, name))
+                expected = torch.empty(tensor.shape).normal_(0.0, 0.2, generator=generator)
+                assert torch.equal(tensor, expected), f"{name}: {tensor.flatten()[:3]} != {expected.flatten()[:3]}"
+
     def test_other_code_draws_nothing_from_it(self) -> None:
         """Neither the global generator nor a second call changes the result."""
         config = config_of()

@@ -72,6 +72,8 @@ class TestAgainstHuggingFace:
         layer.gate.e_score_correction_bias.uniform_(-0.3, 0.3, generator=torch.Generator().manual_seed(7))
         x, grad_y = inputs(tokens), inputs(tokens, seed=8)
         theirs = with_gradients(hf_layer(layer, config), x, grad_y)
+        vanishing = [name for name, each in theirs.items() if not each.any()]
+        assert not vanishing, f"{vanishing} are zero: nothing is compared"
         assert_close(with_gradients(layer, x, grad_y), theirs)
 
     @pytest.mark.parametrize("expert", [0, 5, 7])

@@ -15,7 +15,7 @@ import torch
 from oracle.reference import TOLERANCE, Comparison, Dump, Reference, compare, load_config, load_dump
 from torch import Tensor
 
-TIMEOUT_S = 180
+TIMEOUT_S = 300
 
 OVERRIDES = (
     "model.num_layers=2",
