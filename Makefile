@@ -22,7 +22,7 @@ READY := $(VENV)/.ready
 .PHONY: help train test check plan parity clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '1,/^$$/s/^# //p' Makefile
 
 train: $(READY)-train
 	$(BIN)/dist-mtp train $(ARGS)

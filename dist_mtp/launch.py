@@ -62,9 +62,10 @@ def _torchrun(config: Config, file: str) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
-        # After a signal, ranks finish their step and save: as long as that makes progress, they are not killed.
-        shutdown_timeout=max(30, int(config.train.hang_timeout_s)),
     )
+    if hasattr(settings, "shutdown_timeout"):  # torch 2.11 always waits 30 s
+        # After a signal, ranks finish their step and save: as long as that makes progress, they are not killed.
+        settings.shutdown_timeout = max(30, int(config.train.hang_timeout_s))
     try:
         elastic_launch(settings, sys.executable)("-u", "-m", "dist_mtp.train", "--config", file)
     except ChildFailedError as error:

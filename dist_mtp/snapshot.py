@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_mtp.checkpoint.folder import committed
 from dist_mtp.checkpoint.format import TensorSlice
 from dist_mtp.checkpoint.load import CheckpointReader, find_latest
 from dist_mtp.checkpoint.save import save
 from dist_mtp.config import Config, config_hash
 from dist_mtp.errors import CheckpointError
 from dist_mtp.model.naming import logical_tensors, routers
-from dist_mtp.parallel.collectives import broadcast_number
+from dist_mtp.parallel.collectives import broadcast_text
 from dist_mtp.parallel.engine import Engine
 from dist_mtp.parallel.mesh import Mesh
 
@@ -57,24 +58,48 @@ def restore_newest(config: Config, engine: Engine, mesh: Mesh, *, corpus: str, r
         The last trained step, 0 when training starts from scratch.
 
     Raises:
-        CheckpointError: the named checkpoint is damaged or does not fit the model, the corpus or the order of samples.
+        CheckpointError: the checkpoint is damaged or does not fit the model, the corpus or the order of samples.
     """
     if config.resume == "never":
         return 0
-    if config.resume == "auto":
-        folder = Path(config.run_dir) / CHECKPOINTS
-        # Rank 0 chooses and verifies for all: the others must not settle on another one when a file is just vanishing.
-        newest = find_latest(folder, report=report) if mesh.rank == 0 and folder.exists() else None
-        step = broadcast_number(CheckpointReader(newest, verify=False).step if newest else 0, mesh.device)
-        if step == 0:
-            return 0
-        path, verify = folder / f"step_{step:08d}", False
-    else:
-        path, verify = Path(config.resume), mesh.rank == 0
-    reader = CheckpointReader(path, verify=verify)
+    folder = Path(config.run_dir) / CHECKPOINTS
+    # Rank 0 chooses and verifies for all: the others must not settle on another one when a file is just vanishing.
+    chosen = broadcast_text(_choose(config.resume, folder, report) if mesh.rank == 0 else "", mesh.device)
+    if not chosen:
+        return 0
+    reader = CheckpointReader(Path(chosen), verify=False)
     _check_state(reader, config, corpus)
     _load(reader, engine)
     return reader.step
+
+
+def _choose(resume: str, folder: Path, report: Callable[[str], None]) -> str:
+    """Path of the checkpoint to continue from, verified; empty to start from scratch.
+
+    Args:
+        resume: ``auto`` or a checkpoint's folder.
+        folder: where this run's checkpoints are.
+
+    Raises:
+        CheckpointError: the named checkpoint is damaged, or every one of the run is; or the run holds later ones than
+            the named checkpoint, which the next ``auto`` would take for its continuation.
+    """
+    present = committed(folder) if folder.exists() else []
+    if resume == "auto":
+        newest = find_latest(folder, report=report) if present else None
+        if present and newest is None:
+            raise CheckpointError(
+                f"none of the {len(present)} checkpoints in {folder} is intact: restore one, or set resume=never to start "
+                "anew and keep them aside"
+            )
+        return str(newest) if newest is not None else ""
+    step = CheckpointReader(Path(resume)).step
+    if present and present[0][0] > step:
+        raise CheckpointError(
+            f"{folder} holds checkpoints up to step {present[0][0]}, later than step {step} of resume={resume}: choose "
+            "another run.name to branch off"
+        )
+    return resume
 
 
 def _slices(engine: Engine, mesh: Mesh) -> Iterator[TensorSlice]:

@@ -29,7 +29,7 @@ then `KEY=VALUE` arguments. The result is checked as a whole before any process 
 settings that contradict each other end the command with exit code 2 and a message that names the fix. Nothing in a
 configuration is ever executed: `_target_` is refused.
 
-```
+```sh
 dist-mtp train model=small mtp=d2 optim.lr=1e-3 parallel.pp=4      # two groups, two keys
 dist-mtp train mtp.loss_weight_steps=[[1e7,0.1]]                   # lists as in YAML, without spaces
 dist-mtp train -m optim.lr=1e-3,2e-3 mtp=d1,d2                     # sweep: four runs below sweeps/

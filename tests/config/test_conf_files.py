@@ -48,8 +48,8 @@ class TestShippedFiles:
         assert isinstance(written, dict)
         chosen = getattr(config, group)
         for key, value in written.items():
-            got = getattr(chosen, key)
-            assert to_lists(got) == value, f"{group}={member}: {group}.{key} is {got!r}, the file says {value!r}"
+            got = getattr(chosen, str(key))
+            assert to_lists(got) == value, f"{group}={member}: {group}.{key!r} is {got!r}, the file says {value!r}"
 
     def test_no_file_is_out_of_reach(self) -> None:
         files = {path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml")}
