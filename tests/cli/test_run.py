@@ -63,9 +63,11 @@ class Runs:
     def stopped(self) -> tuple[Ended, list[str], dict[str, object]]:
         """SIGTERM after step 3, to the launcher and, as Slurm does it, to the ranks; checkpoints and result by then."""
         running = Running(launches.dist_mtp(*self.command("stopped", "checkpoint.every=0")), self.folder / "stopped")
+        running.wait_for_step(1)
+        pids = running.rank_pids().values()
         running.wait_for_step(3)
-        for process in running.rank_pids().values():
-            signal_process(process, signal.SIGTERM)
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
         running.process.send_signal(signal.SIGTERM)
         ended = running.end()
         return ended, checkpoints(ended.folder), read_result(ended.folder) or {}
@@ -79,8 +81,10 @@ class Runs:
     def killed(self) -> tuple[Ended, list[str], dict[str, object]]:
         """SIGKILL of rank 1 after step 5; checkpoints and result by then."""
         running = Running(launches.dist_mtp(*self.command("killed")), self.folder / "killed")
+        running.wait_for_step(1)
+        pid = running.rank_pids()[1]
         running.wait_for_step(5)
-        signal_process(running.rank_pids()[1], signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         ended = running.end()
         return ended, checkpoints(ended.folder), read_result(ended.folder) or {}
 
@@ -107,12 +111,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-def signal_process(pid: int, number: signal.Signals) -> None:
-    os.kill(pid, number)
-
-
 def checkpoints(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return sorted(path.name for path in folder.glob("checkpoints/*"))
 
 
 def check_same_metrics(got: Ended, expected: Ended) -> None:
