@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dist_mtp.errors import ConfigError
-from dist_mtp.typed_config import build
+from dist_mtp.typed_config import build, nearest
 
 V_SCHEDULES = ("gpipe", "zbv", "dualpipev")
 LAST_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
@@ -35,8 +36,30 @@ DERIVED_DEEPSPEED_KEYS = {
     "zero_optimization.stage": "stage 1 is the one that works with a pipeline",
     "zero_optimization.offload_optimizer": "remove it, offloading is not supported",
     "zero_optimization.offload_param": "remove it, it needs ZeRO stage 3",
+    "zero_optimization.cpu_offload": "remove it, offloading is not supported",
+    "zero_optimization.overlap_comm": "remove it, gradients are reduced after the last backward, with nothing to overlap",
 }
 """Keys of DeepSpeed's configuration that dist_mtp sets itself, and what a user does instead."""
+
+DEEPSPEED_KEYS: dict[str, type] = {
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "dump_state": bool,
+    "steps_per_print": int,
+    "comms_logger.enabled": bool,
+    "comms_logger.verbose": bool,
+    "comms_logger.prof_all": bool,
+    "comms_logger.debug": bool,
+    "prescale_gradients": bool,
+    "gradient_predivide_factor": float,
+    "zero_optimization.reduce_bucket_size": int,
+    "zero_optimization.allgather_bucket_size": int,
+    "zero_optimization.allgather_partitions": bool,
+    "zero_optimization.contiguous_gradients": bool,
+    "zero_optimization.reduce_scatter": bool,
+    "zero_optimization.round_robin_gradients": bool,
+}
+"""Keys of DeepSpeed's configuration that have an effect here and leave training right; all others are refused."""
 
 
 @dataclass(frozen=True)
@@ -267,10 +290,12 @@ class Config:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: the GPUs of a host if each of its ranks can have one of its own, else the CPU. One choice for all ranks."""
     resume: str = "auto"
     """``auto``: continue the run folder's newest checkpoint; ``never``: set an existing folder aside; or a folder."""
     ds: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed configuration, merged last; keys that dist_mtp derives are refused."""
+    """Raw DeepSpeed configuration, merged last: the keys listed at the end of docs/configuration.md."""
 
     @property
     def run_name(self) -> str:
@@ -422,6 +447,7 @@ def _check_positive(config: Config) -> None:
         "model.moe_intermediate_size": config.model.moe_intermediate_size,
         "model.n_group": config.model.n_group,
         "model.max_position_embeddings": config.model.max_position_embeddings,
+        "model.rope_scaling.original_max_position_embeddings": config.model.rope_scaling.original_max_position_embeddings,
         "parallel.pp": config.parallel.pp,
         "parallel.ep": config.parallel.ep,
         "pipeline.stages_per_rank": config.pipeline.stages_per_rank,
@@ -455,7 +481,6 @@ def _check_positive(config: Config) -> None:
         "optim.decay_steps": config.optim.decay_steps,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip_norm": config.optim.clip_norm,
-        "optim.min_lr_ratio": config.optim.min_lr_ratio,
         "model.router_bias_update_speed": config.model.router_bias_update_speed,
         "model.initializer_range": config.model.initializer_range,
         "checkpoint.every": config.checkpoint.every,
@@ -469,8 +494,7 @@ def _check_positive(config: Config) -> None:
         "train.hang_timeout_s": config.train.hang_timeout_s,
         "optim.eps": config.optim.eps,
         "model.rms_norm_eps": config.model.rms_norm_eps,
-        "model.rope_theta": config.model.rope_theta,
-        "model.rope_scaling.factor": config.model.rope_scaling.factor,
+        "model.rope_scaling.beta_slow": config.model.rope_scaling.beta_slow,
     }
     for key, number in above_zero.items():
         if number <= 0:
@@ -478,11 +502,26 @@ def _check_positive(config: Config) -> None:
     for key, number in {"optim.beta1": config.optim.beta1, "optim.beta2": config.optim.beta2}.items():
         if not 0 <= number < 1:
             raise ConfigError(f"{key}={number} must be at least 0 and less than 1")
+    if not 0 <= config.optim.min_lr_ratio <= 1:
+        raise ConfigError(
+            f"optim.min_lr_ratio={config.optim.min_lr_ratio} must lie between 0 and 1, as a share of optim.lr"
+        )
 
 
 def _check_model(model: ModelConfig) -> None:
     if model.qk_rope_head_dim % 2:
         raise ConfigError(f"model.qk_rope_head_dim={model.qk_rope_head_dim} must be even: rotary embedding turns pairs")
+    if model.rope_theta <= 1:
+        raise ConfigError(
+            f"model.rope_theta={model.rope_theta} must be greater than 1, or no rotation is slower than another"
+        )
+    rope = model.rope_scaling
+    if rope.factor < 1:
+        raise ConfigError(f"model.rope_scaling.factor={rope.factor} must be at least 1, which means no extension")
+    if rope.beta_fast <= rope.beta_slow:
+        raise ConfigError(
+            f"model.rope_scaling.beta_fast={rope.beta_fast} must be greater than model.rope_scaling.beta_slow={rope.beta_slow}"
+        )
     experts = model.n_routed_experts
     if experts == 0:
         return
@@ -553,6 +592,9 @@ def _check_training(config: Config) -> None:
     thresholds = [tokens for tokens, _ in config.mtp.loss_weight_steps]
     if thresholds != sorted(set(thresholds)):
         raise ConfigError(f"mtp.loss_weight_steps must name rising token counts, got {thresholds}")
+    for tokens, weight in config.mtp.loss_weight_steps:
+        if tokens < 0 or weight < 0:
+            raise ConfigError(f"mtp.loss_weight_steps=[[{tokens:g},{weight:g}]]: neither may be negative")
     for step in config.debug.dump_steps:
         if not 1 <= step <= config.train.steps:
             raise ConfigError(
@@ -565,6 +607,39 @@ def _check_training(config: Config) -> None:
 
 
 def _check_deepspeed(ds: Mapping[str, Any]) -> None:
-    nested = {f"{section}.{key}" for section, keys in ds.items() if isinstance(keys, Mapping) for key in keys}
-    for key in sorted((set(ds) | nested) & set(DERIVED_DEEPSPEED_KEYS)):
-        raise ConfigError(f"ds.{key} conflicts with what dist_mtp sets itself: {DERIVED_DEEPSPEED_KEYS[key]}")
+    sections = {key.split(".")[0] for key in DEEPSPEED_KEYS if "." in key}
+    for section in sections & set(ds):
+        if not isinstance(ds[section], Mapping):
+            raise ConfigError(f"ds.{section} must be a section of keys, got {ds[section]!r}")
+    for key, value in _leaves(ds).items():
+        derived = next((d for d in DERIVED_DEEPSPEED_KEYS if key == d or key.startswith(d + ".")), None)
+        if derived is not None:
+            raise ConfigError(
+                f"ds.{derived} conflicts with what dist_mtp sets itself: {DERIVED_DEEPSPEED_KEYS[derived]}"
+            )
+        if key in sections:  # and empty
+            continue
+        if key not in DEEPSPEED_KEYS:
+            works = [f"ds.{known}" for known in DEEPSPEED_KEYS]
+            hint = nearest(f"ds.{key}", works) or f", only these are: {', '.join(works)}"
+            raise ConfigError(f"ds.{key} is not a DeepSpeed key that works with dist_mtp{hint}")
+        kind = DEEPSPEED_KEYS[key]
+        if kind is bool and not isinstance(value, bool):
+            raise ConfigError(f"ds.{key}={value} must be true or false")
+        if kind is not bool and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
+        ):
+            raise ConfigError(f"ds.{key}={value} must be a number greater than 0")
+        if kind is int and value != int(value):
+            raise ConfigError(f"ds.{key}={value} must be a whole number")
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of everything that is no section. An empty section is one leaf."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves

@@ -39,9 +39,3 @@ class DivergedError(DistMtpError):
     """The loss or the gradient norm stopped being finite."""
 
     exit_code = EXIT_DIVERGED
-
-
-class RankFailure(DistMtpError):
-    """A rank died or stopped making progress."""
-
-    exit_code = EXIT_RANK_FAILURE

@@ -20,10 +20,12 @@ from dist_mtp.errors import (
     EXIT_RANK_FAILURE,
     EXIT_TERMINATED,
 )
+from dist_mtp.monitor.plan_files import PLAN
 from dist_mtp.monitor.result import read_result, write_result
 from dist_mtp.run_folder import CONFIG_FILE
 
-_SAID = (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_TERMINATED)
+_STOPPED = (EXIT_INTERRUPTED, EXIT_TERMINATED)
+_SAID = (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, *_STOPPED)
 """Exit codes of a rank that ended on purpose and said why."""
 
 
@@ -31,7 +33,8 @@ def launch(config: Config) -> int:
     """Run all ranks to their end.
 
     Returns:
-        The documented exit code: that of the rank that failed first, or 5 when it died or hung.
+        The documented exit code: that of the rank that failed first, or 5 when it died or hung. 130 and 143 mean that a
+        signal stopped the run and nothing was lost: a checkpoint was committed, or training had not begun.
     """
     file = str(Path(config.run_dir) / CONFIG_FILE)
     os.environ.setdefault("OMP_NUM_THREADS", str(config.launcher.threads_per_rank))
@@ -66,19 +69,50 @@ def _torchrun(config: Config, file: str) -> int:
     if hasattr(settings, "shutdown_timeout"):  # torch 2.11 always waits 30 s
         # After a signal, ranks finish their step and save: as long as that makes progress, they are not killed.
         settings.shutdown_timeout = max(30, int(config.train.hang_timeout_s))
+    before = _training_began(config)
     try:
         elastic_launch(settings, sys.executable)("-u", "-m", "dist_mtp.train", "--config", file)
     except ChildFailedError as error:
         return _explain_failure(config, error)
     except SignalException as stopped:
-        return EXIT_INTERRUPTED if stopped.sigval == signal.SIGINT else EXIT_TERMINATED
+        code = EXIT_INTERRUPTED if stopped.sigval == signal.SIGINT else EXIT_TERMINATED
+        return _explain_stop(config, code, trained=_training_began(config) != before)
     return EXIT_DONE
+
+
+def _training_began(config: Config) -> int | None:
+    """A mark that changes when rank 0 is set up and begins to train: it then writes ``plan.json`` anew."""
+    plan = Path(config.run_dir) / PLAN
+    return plan.stat().st_mtime_ns if plan.exists() else None
+
+
+def _explain_stop(config: Config, code: int, *, trained: bool) -> int:
+    """The exit code after a signal. Rank 0 writes ``result.json`` after the checkpoint; without it none was committed.
+
+    Args:
+        code: of the signal.
+        trained: the ranks had begun to train, so that there was something to save.
+    """
+    result = read_result(config.run_dir)
+    if result is not None:
+        return code if result["status"] == "interrupted" else int(result["exit_code"])
+    if trained:
+        code, status = EXIT_RANK_FAILURE, "failed"
+        message = "the run was stopped by a signal, but a rank died or hung before a checkpoint was committed"
+    else:
+        status, message = "interrupted", "stopped by a signal before training began: there was nothing to save"
+    print(f"{'error: ' if trained else ''}{message}", file=sys.stderr)
+    print(f"logs of all ranks: {Path(config.run_dir) / 'logs'}", file=sys.stderr)
+    write_result(config.run_dir, status, code, {}, None, message)
+    return code
 
 
 def _explain_failure(config: Config, error: Any) -> int:
     """Say which rank failed first and where its log is; leave a ``result.json`` if no rank could."""
     rank, failure = first_failure(error.failures)
     code = failure.exitcode
+    if code in _STOPPED:
+        return _explain_stop(config, code, trained=True)
     if code < 0:
         message = f"rank {rank} was killed by {failure.signal_name()}"
     elif code in _SAID:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -12,9 +13,30 @@ from dist_mtp.errors import ConfigError
 from dist_mtp.monitor.result import RESULT
 
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
 _FIXED = ("model", "data", "tokenizer", "precision", "mtp", "train.seed", "train.seq_len")
 """Sections and keys that a checkpoint depends on; a run cannot change them half-way."""
 _FREE_MTP = ("mtp.loss_weight", "mtp.loss_weight_steps")
+
+
+def lock_run_folder(folder: Path) -> TextIO:
+    """Claim ``folder`` for this process until the returned file is closed, or the process ends in whatever way.
+
+    Raises:
+        ConfigError: another process has it.
+        OSError: the folder cannot be written.
+    """
+    lock = open(folder / LOCK_FILE, "a", encoding="utf-8")  # noqa: SIM115 (closing it is the caller's)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ConfigError(
+            f"run folder {folder} is in use by another run, which holds {LOCK_FILE}: end that run, or choose another run.name"
+        ) from error
+    except OSError:
+        pass  # a file system without locks: the run must not fail for that
+    return lock
 
 
 def prepare_run_folder(config: Config) -> None:
@@ -24,22 +46,24 @@ def prepare_run_folder(config: Config) -> None:
     ``config.yaml`` holds no run and is used as it is.
 
     Raises:
-        ConfigError: the folder belongs to a run with other settings, or cannot be written.
+        ConfigError: the folder belongs to a run with other settings or to one that is going on, or cannot be written.
     """
     folder = Path(config.run_dir)
     file = folder / CONFIG_FILE
     try:
-        if file.exists() and config.resume == "never":
-            aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
-            folder.rename(aside)
-        elif file.exists():
-            _check_same_run(folder, _read(file), to_dict(config))
         folder.mkdir(parents=True, exist_ok=True)
-        # A result says how the run ended; this one is about to go on.
-        (folder / RESULT).unlink(missing_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        temporary.replace(file)
+        with lock_run_folder(folder):
+            if file.exists() and config.resume == "never":
+                numbered = (folder.with_name(f"{folder.name}.old-{number}") for number in range(1, 10_000))
+                folder.rename(next(aside for aside in numbered if not aside.exists()))
+                folder.mkdir()
+            elif file.exists():
+                _check_same_run(folder, _read(file), to_dict(config))
+            # A result says how the run ended; this one is about to go on.
+            (folder / RESULT).unlink(missing_ok=True)
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+            temporary.replace(file)
     except OSError as error:
         raise ConfigError(
             f"run folder {folder} cannot be written ({error.strerror}: {error.filename}): choose another run.dir"

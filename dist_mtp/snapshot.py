@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dist_mtp.checkpoint.folder import committed
+from dist_mtp.checkpoint.folder import newest_first
 from dist_mtp.checkpoint.format import TensorSlice
 from dist_mtp.checkpoint.load import CheckpointReader, find_latest
 from dist_mtp.checkpoint.save import save
-from dist_mtp.config import Config, config_hash
+from dist_mtp.config import Config, to_dict
 from dist_mtp.errors import CheckpointError
 from dist_mtp.model.naming import logical_tensors, routers
-from dist_mtp.parallel.collectives import broadcast_text
+from dist_mtp.parallel.collectives import all_max, broadcast_text, from_rank_0
 from dist_mtp.parallel.engine import Engine
 from dist_mtp.parallel.mesh import Mesh
+from dist_mtp.same_run import clashes
 
 CHECKPOINTS = "checkpoints"
 
 
-def save_snapshot(config: Config, engine: Engine, mesh: Mesh, *, step: int, corpus: str) -> Path:
+def save_snapshot(
+    config: Config, engine: Engine, mesh: Mesh, *, step: int, corpus: str, beat: Callable[[], None] = lambda: None
+) -> Path:
     """Write and commit the state after ``step``. Collective.
 
     The state beside the tensors is what decides the rest of the run: the step and the seed give the order of samples,
@@ -31,79 +33,98 @@ def save_snapshot(config: Config, engine: Engine, mesh: Mesh, *, step: int, corp
 
     Args:
         corpus: fingerprint of the tokenised corpus.
+        beat: called while this rank makes progress.
     """
-    state = {
-        "order": {"seed": config.train.seed, "step": step, "rows_per_step": config.rows_per_step},
-        "corpus": corpus,
-        "tokens": step * config.tokens_per_step,
-        "config_hash": config_hash(config),
-    }
+    engine.check_embedding_copies()
     return save(
         Path(config.run_dir) / CHECKPOINTS,
         step=step,
         run_id=config.run_name,
         rank=mesh.rank,
         world_size=mesh.world_size,
-        slices=_slices(engine, mesh),
-        state=state,
+        slices=_slices(engine, mesh, beat),
+        state={"rows_per_step": config.rows_per_step, "corpus": corpus, "config": to_dict(config)},
         barrier=dist.barrier,
         keep=config.checkpoint.keep,
+        progress=beat,
     )
 
 
-def restore_newest(config: Config, engine: Engine, mesh: Mesh, *, corpus: str, report: Callable[[str], None]) -> int:
+def restore_newest(
+    config: Config,
+    engine: Engine,
+    mesh: Mesh,
+    *,
+    corpus: str,
+    report: Callable[[str], None],
+    beat: Callable[[], None] = lambda: None,
+) -> int:
     """Load the checkpoint that ``resume`` asks for, if there is one. Collective.
+
+    Args:
+        report: told of damaged checkpoints that are passed over.
+        beat: called while this rank makes progress.
 
     Returns:
         The last trained step, 0 when training starts from scratch.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or does not fit the model, the corpus or the order of samples.
+        CheckpointError: on all ranks. The checkpoint is damaged or does not fit the model, the corpus or the order of
+            samples; or every checkpoint of the run is damaged.
     """
     if config.resume == "never":
         return 0
     folder = Path(config.run_dir) / CHECKPOINTS
-    # Rank 0 chooses and verifies for all: the others must not settle on another one when a file is just vanishing.
-    chosen = broadcast_text(_choose(config.resume, folder, report) if mesh.rank == 0 else "", mesh.device)
-    if not chosen:
+    # Named by rank 0 for all: ranks must search the same list, whatever a network file system shows them.
+    own = [folder / name for name in from_rank_0(lambda: _names(folder), mesh.device).split()]
+
+    def check(path: Path) -> None:
+        _verify_together(path, mesh, beat)
+
+    if config.resume == "auto" or own:
+        if config.resume != "auto":
+            report(f"continuing {config.run_dir}, which has checkpoints of its own, instead of resume={config.resume}")
+        newest = find_latest(own, report=report, check=check)
+        if own and newest is None:
+            raise CheckpointError(
+                f"none of the {len(own)} checkpoints in {folder} is intact: restore one, or set resume=never to start "
+                "anew and keep them aside"
+            )
+    else:
+        newest = Path(config.resume)
+        check(newest)
+    if newest is None:
         return 0
-    reader = CheckpointReader(Path(chosen), verify=False)
+    reader = CheckpointReader(newest, verify=False)
     _check_state(reader, config, corpus)
-    _load(reader, engine)
+    _load(reader, engine, beat)
     return reader.step
 
 
-def _choose(resume: str, folder: Path, report: Callable[[str], None]) -> str:
-    """Path of the checkpoint to continue from, verified; empty to start from scratch.
+def _names(folder: Path) -> str:
+    """Names of the committed checkpoints, newest first, one a line."""
+    return "\n".join(path.name for path in newest_first(folder))
 
-    Args:
-        resume: ``auto`` or a checkpoint's folder.
-        folder: where this run's checkpoints are.
+
+def _verify_together(path: Path, mesh: Mesh, beat: Callable[[], None]) -> None:
+    """Verify a checkpoint, each rank hashing its share of the shards. Collective.
 
     Raises:
-        CheckpointError: the named checkpoint is damaged, or every one of the run is; or the run holds later ones than
-            the named checkpoint, which the next ``auto`` would take for its continuation.
+        CheckpointError: on all ranks, what one of them found.
     """
-    present = committed(folder) if folder.exists() else []
-    if resume == "auto":
-        newest = find_latest(folder, report=report) if present else None
-        if present and newest is None:
-            raise CheckpointError(
-                f"none of the {len(present)} checkpoints in {folder} is intact: restore one, or set resume=never to start "
-                "anew and keep them aside"
-            )
-        return str(newest) if newest is not None else ""
-    step = CheckpointReader(Path(resume)).step
-    if present and present[0][0] > step:
-        raise CheckpointError(
-            f"{folder} holds checkpoints up to step {present[0][0]}, later than step {step} of resume={resume}: choose "
-            "another run.name to branch off"
-        )
-    return resume
+    problem = ""
+    try:
+        CheckpointReader(path, verify=False).verify(mesh.rank, mesh.world_size, beat)
+    except CheckpointError as error:
+        problem = str(error)
+    (finder,) = all_max([mesh.rank + 1 if problem else 0], mesh.device)
+    if finder:
+        raise CheckpointError(broadcast_text(problem, mesh.device, src=int(finder) - 1))
 
 
-def _slices(engine: Engine, mesh: Mesh) -> Iterator[TensorSlice]:
+def _slices(engine: Engine, mesh: Mesh, beat: Callable[[], None]) -> Iterator[TensorSlice]:
     for fragment in engine.fragments():
+        beat()
         for logical, start, tensors in fragment.pieces():
             for kind, data in tensors.items():
                 yield TensorSlice(kind, logical.name, logical.shape, start, data.cpu())
@@ -114,13 +135,15 @@ def _slices(engine: Engine, mesh: Mesh) -> Iterator[TensorSlice]:
 
 
 @torch.no_grad()
-def _load(reader: CheckpointReader, engine: Engine) -> None:
+def _load(reader: CheckpointReader, engine: Engine, beat: Callable[[], None]) -> None:
     for fragment in engine.all_fragments():
+        beat()
         for logical, start, tensors in fragment.pieces():
             for kind, target in tensors.items():
                 target.copy_(reader.read(kind, logical.name, start, target.numel(), shape=logical.shape))
     # The working copy of every parameter is whole on each rank, in the run's precision.
     for name, parameter in engine.named_parameters():
+        beat()
         flat = parameter.view(-1)
         for logical in logical_tensors(name, tuple(parameter.shape)):
             logical.view(flat).copy_(reader.read_full("param", logical.name, shape=logical.shape))
@@ -131,14 +154,17 @@ def _load(reader: CheckpointReader, engine: Engine) -> None:
 
 
 def _check_state(reader: CheckpointReader, config: Config, corpus: str) -> None:
-    order: dict[str, Any] = reader.state.get("order", {})
-    for key, ours in (("seed", config.train.seed), ("rows_per_step", config.rows_per_step)):
-        if order.get(key) != ours:
-            raise CheckpointError(
-                f"{reader.path} was trained with {key}={order.get(key)}, this run has {ours}: the order of samples would "
-                "change; use the same train.seed and the same rows per step (micro_batch_size x micro_batches x dp)"
-            )
-    if reader.state.get("corpus") != corpus:
+    state = reader.state
+    if different := clashes(state.get("config", {}), to_dict(config)):
+        raise CheckpointError(
+            f"{reader.path} was trained with other settings ({different}): use the same, or another checkpoint"
+        )
+    if state.get("rows_per_step") != config.rows_per_step:
+        raise CheckpointError(
+            f"{reader.path} was trained with {state.get('rows_per_step')} rows per step, this run has {config.rows_per_step}: "
+            "the order of samples would change; keep train.micro_batch_size x train.micro_batches x parallel.dp"
+        )
+    if state.get("corpus") != corpus:
         raise CheckpointError(
             f"{reader.path} was trained on another corpus or tokenizer: use the same data and tokenizer"
         )

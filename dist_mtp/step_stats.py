@@ -30,12 +30,14 @@ class HeadTotals:
         return [total / max(count, 1) for total, count in zip(self.loss_sums, self.counts, strict=True)]
 
     def metrics(self) -> Metrics:
-        """``loss_main``, ``loss_mtp_K`` and ``accept_mtp_K``."""
-        main, *depths = self.losses()
-        result = {"loss_main": main}
-        result |= {f"loss_mtp_{depth}": loss for depth, loss in enumerate(depths, start=1)}
-        for depth in range(1, len(self.counts)):
-            result[f"accept_mtp_{depth}"] = self.agreements[depth] / max(self.comparable[depth], 1)
+        """``loss_main``, ``loss_mtp_K`` and ``accept_mtp_K``; one that nothing was counted for is left out."""
+        result = {}
+        for depth, (loss, count) in enumerate(zip(self.losses(), self.counts, strict=True)):
+            if count:
+                result["loss_main" if depth == 0 else f"loss_mtp_{depth}"] = loss
+        for depth, comparable in enumerate(self.comparable):
+            if comparable:
+                result[f"accept_mtp_{depth}"] = self.agreements[depth] / comparable
         return result
 
 

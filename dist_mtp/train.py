@@ -11,6 +11,7 @@ Arguments are Hydra overrides, or ``--config FILE`` with a resolved configuratio
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -18,8 +19,9 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -34,6 +36,8 @@ from dist_mtp.errors import (
     DivergedError,
 )
 
+_PR_SET_PDEATHSIG = 1
+"""``prctl(2)``: signal to get when the parent process dies."""
 SIGNAL_PATIENCE_S = 5.0
 """Repeated signals within this time are one stop: Slurm, for example, signals all ranks and also their launcher, which
 passes it on."""
@@ -55,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DistMtpError as error:
         # Raised alike on all ranks, or by one rank whose peers then fail in their next collective.
         print(f"error: {error}", file=sys.stderr, flush=True)
-        _write_failure(config, error)
         return error.exit_code
     except Exception:
         traceback.print_exc()
@@ -89,61 +92,92 @@ def run_rank(config: Config, *, launched: bool) -> int:
     """Set up this rank, train, and tear down.
 
     Args:
-        launched: the launcher has prepared the run folder and the corpus.
+        launched: ``dist-mtp train`` started this rank: it has prepared the run folder and the corpus, and this rank ends
+            with it.
     """
     import torch
     import torch.distributed as dist
 
-    from dist_mtp.data.corpus import prepare
+    from dist_mtp.data.corpus import open_corpus, prepare
     from dist_mtp.data.tokenizers import tokenizer_vocab_size
+    from dist_mtp.parallel.collectives import check_same_hash, from_rank_0
+    from dist_mtp.parallel.mesh import init_process_group
+    from dist_mtp.run_folder import lock_run_folder, prepare_run_folder
+
+    if launched:
+        _end_with_parent()
+    # The watchdog speaks first.
+    device = init_process_group(timeout_s=2 * config.train.hang_timeout_s, device=config.device)
+    config = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer), world_size=dist.get_world_size())
+    check_same_hash(config_hash(config), device, "configuration")
+    rank, run_dir = dist.get_rank(), Path(config.run_dir)
+    # Reading and tokenising a large corpus takes longer than any step may: ranks wait for rank 0 in a group of its own.
+    setup, cpu = dist.new_group(backend="gloo", timeout=timedelta(days=1)), torch.device("cpu")
+    held = []
+
+    def take_folder() -> str:
+        if not launched:
+            prepare_run_folder(config)
+        held.append(lock_run_folder(run_dir))
+        return ""
+
+    from_rank_0(take_folder, cpu, group=setup)
+    log = _open_rank_log(run_dir, rank)
+    try:
+        folder = from_rank_0(
+            lambda: str(prepare(config.data, config.tokenizer, check_hashes=not launched).folder), cpu, group=setup
+        )
+        code = _train(config, device, open_corpus(Path(folder)), log)
+    except Exception as error:
+        if rank == 0:  # the terminal may be gone; the other ranks' error output is their log
+            print(error if isinstance(error, DistMtpError) else traceback.format_exc(), file=log, flush=True)
+            if isinstance(error, DistMtpError):
+                _write_failure(config, error)
+        raise
+    finally:
+        for lock in held:
+            lock.close()
+    dist.destroy_process_group()
+    return code
+
+
+def _train(config: Config, device: Any, corpus: Any, log: TextIO) -> int:
+    """Build this rank's trainer and run it under a watchdog; returns the exit code."""
+    import torch
+    import torch.distributed as dist
+
     from dist_mtp.monitor.monitor import Monitor, RunMonitor
-    from dist_mtp.parallel.collectives import check_same_hash
-    from dist_mtp.parallel.mesh import init_process_group, make_mesh
+    from dist_mtp.parallel.mesh import make_mesh
     from dist_mtp.parallel.watchdog import Watchdog
     from dist_mtp.pipeline.plan import make_plan
-    from dist_mtp.run_folder import prepare_run_folder
     from dist_mtp.trainer import Trainer
 
-    timeout = config.train.hang_timeout_s
-    device = init_process_group(timeout_s=2 * timeout)  # the watchdog speaks first
-    vocab_size = tokenizer_vocab_size(config.tokenizer)
-    config = resolve(config, vocab_size=vocab_size, world_size=dist.get_world_size())
-    check_same_hash(config_hash(config), device, "configuration")
-    rank = dist.get_rank()
-    run_dir = Path(config.run_dir)
-    if rank == 0 and not launched:
-        prepare_run_folder(config)
-    dist.barrier()
-    log = _open_rank_log(run_dir, rank)
-    if rank == 0 and not launched:
-        # One writer; the others find the cache. Longer than any step, so the watchdog does not watch it.
-        prepare(config.data, config.tokenizer)
-    dist.barrier()
-    watchdog = Watchdog(timeout, log)
+    watchdog = Watchdog(config.train.hang_timeout_s, log)
     try:
-        corpus = prepare(config.data, config.tokenizer, check_hashes=False)
         mesh = make_mesh(config, device)
         plan = make_plan(config, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
-        monitor = RunMonitor(config, plan, corpus.info, _throughput(config, device)) if rank == 0 else Monitor()
+        is_first = mesh.rank == 0
+        monitor = RunMonitor(config, plan, corpus.info, _throughput(config, device)) if is_first else Monitor()
         trainer = Trainer(config, mesh, plan, corpus, monitor, watchdog.beat)
         received = _stop_on_signals(trainer)
         metrics = trainer.run()
         code = EXIT_DONE
-        if trainer.stop_requested:
+        if trainer.stopping:
             code = EXIT_INTERRUPTED if signal.SIGINT in received else EXIT_TERMINATED
-        if rank == 0:
+        if is_first:
             _report_end(config, trainer.step, metrics, code, monitor)
         watchdog.beat("shutdown")
         dist.barrier()
-    except Exception as error:
-        if rank == 0:  # the terminal may be gone; the other ranks' error output is their log
-            print(error if isinstance(error, DistMtpError) else traceback.format_exc(), file=log)
-        raise
     finally:
         watchdog.stop()
         log.flush()
-    dist.destroy_process_group()
     return code
+
+
+def _end_with_parent() -> None:
+    """Be told to stop (SIGTERM) when the launcher dies, however it dies; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _report_end(config: Config, step: int, metrics: dict[str, float], code: int, monitor: Any) -> None:
@@ -205,7 +239,7 @@ def _stop_on_signals(trainer: Any) -> list[signal.Signals]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         received.append(signal.Signals(number))
-        trainer.stop_requested = True
+        trainer.stop_signal = True
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
@@ -213,8 +247,7 @@ def _stop_on_signals(trainer: Any) -> list[signal.Signals]:
 
 
 def _write_failure(config: Config, error: DistMtpError) -> None:
-    if os.environ.get("RANK", "0") != "0" or not Path(config.run_dir).is_dir():
-        return
+    """Leave ``result.json``; only for a rank that holds the run folder, which may be another run's before."""
     from dist_mtp.monitor.result import write_result
 
     status = "diverged" if isinstance(error, DivergedError) else "failed"

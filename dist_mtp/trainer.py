@@ -11,7 +11,7 @@ import torch
 
 from dist_mtp.batches import BatchSource
 from dist_mtp.config import Config
-from dist_mtp.data.corpus import PreparedCorpus
+from dist_mtp.data.corpus import TokenizedCorpus
 from dist_mtp.dump import StepDump
 from dist_mtp.errors import DivergedError
 from dist_mtp.learning_rate import learning_rate
@@ -20,6 +20,7 @@ from dist_mtp.model.targets import mtp_weight_at
 from dist_mtp.model.transformer import LanguageModel
 from dist_mtp.monitor.monitor import Monitor
 from dist_mtp.parallel.balance import move_router_biases
+from dist_mtp.parallel.collectives import all_max
 from dist_mtp.parallel.engine import Engine
 from dist_mtp.parallel.mesh import Mesh
 from dist_mtp.pipeline.plan import Plan
@@ -37,8 +38,8 @@ class Trainer:
         monitor: where metrics go; silent on ranks other than 0.
         beat: told what the rank begins to do, for the watchdog.
 
-    ``stop_requested`` may be set at any time (by a signal handler): the step under way is finished on all ranks, a
-    checkpoint is written, and :meth:`run` returns.
+    ``stop_signal`` may be set at any time, on any rank, by a signal handler: the step under way is finished on all ranks,
+    a checkpoint is written, and :meth:`run` returns with ``stopping`` set.
     """
 
     def __init__(
@@ -46,15 +47,16 @@ class Trainer:
         config: Config,
         mesh: Mesh,
         plan: Plan,
-        corpus: PreparedCorpus,
+        corpus: TokenizedCorpus,
         monitor: Monitor,
         beat: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.config, self.mesh, self.corpus, self.monitor, self.beat = config, mesh, corpus, monitor, beat
         self.step = 0
-        self.stop_requested = False
+        self.stop_signal = False
+        self.stopping = False
         self.batches = BatchSource(config, mesh, corpus)
-        mine = [stage for stage in plan.stages if stage.rank == mesh.pp_rank]
+        mine = plan.stages_of(mesh.pp_rank)
         with mesh.device:
             self.model = LanguageModel(config, {unit for stage in mine for unit in stage.unit_names})
         initialize(self.model, seed=config.train.seed, std=config.model.initializer_range)
@@ -82,9 +84,18 @@ class Trainer:
             DivergedError: the loss or a gradient was not finite; that update was not applied.
         """
         config = self.config
-        self.beat("restore")
         fingerprint = self.corpus.info["fingerprint"]
-        self.step = start = restore_newest(config, self.engine, self.mesh, corpus=fingerprint, report=self.monitor.warn)
+
+        def restoring() -> None:
+            self.beat("restore")
+
+        def saving() -> None:
+            self.beat(f"step {self.step}, checkpoint")
+
+        restoring()
+        self.step = start = restore_newest(
+            config, self.engine, self.mesh, corpus=fingerprint, report=self.monitor.warn, beat=restoring
+        )
         self.monitor.start(resume_step=start)
         metrics: Metrics = {}
         for self.step in range(start + 1, config.train.steps + 1):
@@ -93,11 +104,12 @@ class Trainer:
             if is_last or _due(self.step, config.eval.every):
                 metrics |= self.evaluate()
             self.monitor.log(metrics)
-            if is_last or self.stop_requested or _due(self.step, config.checkpoint.every):
-                self.beat(f"step {self.step}, checkpoint")
-                path = save_snapshot(config, self.engine, self.mesh, step=self.step, corpus=fingerprint)
+            self._agree_to_stop()
+            if is_last or self.stopping or _due(self.step, config.checkpoint.every):
+                saving()
+                path = save_snapshot(config, self.engine, self.mesh, step=self.step, corpus=fingerprint, beat=saving)
                 self.monitor.checkpoint_written(path)
-            if self.stop_requested:
+            if self.stopping:
                 break
         return metrics
 
@@ -111,7 +123,7 @@ class Trainer:
         data_wait = time.perf_counter() - started
         dump = self._start_dump()
 
-        _, stats = self.runtime.train_step(batches.micro_batches)
+        stats = self.runtime.train_step(batches.micro_batches)
         self.beat(f"step {step}, gradient reduction")
         self.engine.reduce()
         if dump is not None:
@@ -122,10 +134,7 @@ class Trainer:
 
         has_moe = config.model.n_routed_experts > 0
         bias_squares = balance.bias_square_sum if self.mesh.dp_rank == 0 else 0.0
-        totals, (bias_squares, stops) = reduce_heads(
-            stats, config.mtp.depth + 1, self.mesh, extra=(bias_squares, float(self.stop_requested))
-        )
-        self.stop_requested = stops > 0  # one rank's signal stops all of them after the same step
+        totals, (bias_squares,) = reduce_heads(stats, config.mtp.depth + 1, self.mesh, extra=(bias_squares,))
         if dump is not None:
             dump.write(self.batches.whole("train", step - 1), totals.losses())
         loss = sum(c * s for c, s in zip(batches.coefficients, totals.loss_sums, strict=True))
@@ -149,18 +158,31 @@ class Trainer:
         }
 
     def evaluate(self) -> Metrics:
-        """``eval_*`` losses and draft agreement on the validation documents; the same rows every time. Collective."""
+        """``eval_*`` losses and draft agreement on the validation documents; the same rows every time. Collective.
+
+        Empty when a stop signal cut the evaluation short.
+        """
         stats = []
-        for index in range(self.config.eval.batches):
+        for index in range(self.batches.validation_batches()):
             self.beat(f"evaluation after step {self.step}, batch {index}")
             batches = self.batches.step("validation", index, self.config.mtp.loss_weight)
-            stats += self.runtime.evaluate(batches.micro_batches)[1]
+            stats += self.runtime.evaluate(batches.micro_batches)
+            self._agree_to_stop()
+            if self.stopping:
+                return {}
         totals, _ = reduce_heads(stats, self.config.mtp.depth + 1, self.mesh)
         metrics = {f"eval_{name}": value for name, value in totals.metrics().items()}
-        bytes_per_token = (
-            self.corpus.info["splits"]["validation"]["text_bytes"] / self.corpus.info["splits"]["validation"]["tokens"]
-        )
-        return metrics | {"eval_bits_per_byte": metrics["eval_loss_main"] / math.log(2) / bytes_per_token}
+        if "eval_loss_main" in metrics:
+            validation = self.corpus.info["splits"]["validation"]
+            bytes_per_token = validation["text_bytes"] / validation["tokens"]
+            metrics["eval_bits_per_byte"] = metrics["eval_loss_main"] / math.log(2) / bytes_per_token
+        return metrics
+
+    def _agree_to_stop(self) -> None:
+        """One rank's signal stops all of them at the same place. Collective."""
+        if not self.stopping:
+            (signalled,) = all_max([float(self.stop_signal)], self.mesh.device)
+            self.stopping = signalled > 0
 
     def _start_dump(self) -> StepDump | None:
         if self.step not in self.config.debug.dump_steps:

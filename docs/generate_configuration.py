@@ -33,7 +33,7 @@ configuration is ever executed: `_target_` is refused.
 dist-mtp train model=small mtp=d2 optim.lr=1e-3 parallel.pp=4      # two groups, two keys
 dist-mtp train mtp.loss_weight_steps=[[1e7,0.1]]                   # lists as in YAML, without spaces
 dist-mtp train -m optim.lr=1e-3,2e-3 mtp=d1,d2                     # sweep: four runs below sweeps/
-dist-mtp train ds.wall_clock_breakdown=true                        # any DeepSpeed key that dist_mtp does not set
+dist-mtp train ds.wall_clock_breakdown=true                        # a DeepSpeed key; the last section lists them
 ```
 
 The resolved configuration of a run is `config.yaml` in its folder. Defaults below are the schema's; a group's value, where
@@ -69,8 +69,12 @@ def sections() -> list[str]:
 
 
 def deepspeed_table() -> list[str]:
-    rows = ["## DeepSpeed keys that are refused", "", "| `ds.` key | instead |", "|---|---|"]
-    return rows + [f"| `{key}` | {advice} |" for key, advice in schema.DERIVED_DEEPSPEED_KEYS.items()]
+    """What ``ds.*`` may set, and what to use instead of the rest."""
+    names = {bool: "true or false", int: "whole number", float: "number"}
+    allowed = ["## DeepSpeed keys", "", "These may be set; any other is refused.", "", "| key | type |", "|---|---|"]
+    allowed += [f"| `ds.{key}` | {names[kind]} |" for key, kind in schema.DEEPSPEED_KEYS.items()]
+    derived = ["", "dist_mtp sets these itself:", "", "| `ds.` key | instead |", "|---|---|"]
+    return allowed + derived + [f"| `{key}` | {advice} |" for key, advice in schema.DERIVED_DEEPSPEED_KEYS.items()]
 
 
 def _section(name: str, cls: type) -> list[str]:

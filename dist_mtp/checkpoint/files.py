@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -102,8 +102,11 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, progress: Callable[[], None] = lambda: None) -> str:
     """SHA-256 of a regular file, streamed in 16 MiB blocks.
+
+    Args:
+        progress: called after every block, for a watchdog.
 
     Raises:
         CheckpointError: unreadable, or not a regular file.
@@ -114,6 +117,7 @@ def sha256_of(path: Path) -> str:
         with open(path, "rb", buffering=0, opener=_open_no_follow) as file:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
+                progress()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()

@@ -44,6 +44,11 @@ def committed(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, key=lambda item: (item[0], not item[1].name.endswith(".old")), reverse=True)
 
 
+def newest_first(folder: Path) -> list[Path]:
+    """Paths of committed checkpoints, newest first."""
+    return [path for _, path in committed(folder)]
+
+
 def prepare(final: Path) -> None:
     """Create the empty folder to write ``final`` into, after clearing what crashed saves left.
 

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import bisect
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dist_mtp.checkpoint import folder as checkpoints
 from dist_mtp.checkpoint.files import regular_size, sha256_of
 from dist_mtp.checkpoint.format import DTYPES, SliceEntry, TensorEntry, tensor_key
 from dist_mtp.checkpoint.manifest import MANIFEST, MANIFEST_HASH, read_manifest
 from dist_mtp.errors import CheckpointError
 
 
-def find_latest(folder: Path, *, report: Callable[[str], None]) -> Path | None:
-    """Newest checkpoint in ``folder`` that is complete and intact, or None.
-
-    Every byte of the candidates is hashed, so one rank should search and tell the others, which may then open the
-    result with ``verify=False``. Nothing is changed on disk.
+def find_latest(
+    candidates: Iterable[Path], *, report: Callable[[str], None], check: Callable[[Path], object] | None = None
+) -> Path | None:
+    """First of ``candidates`` (newest first) that is complete and intact, or None. Nothing is changed on disk.
 
     Args:
         report: called with one message, naming file and reason, for each damaged checkpoint that is skipped.
+        check: raises CheckpointError for a damaged checkpoint. None hashes every byte of it in this process; several
+            ranks that search together share that work, and must all come to the same answer.
     """
-    for _, path in checkpoints.committed(folder):
+    for path in candidates:
         try:
-            CheckpointReader(path)
+            (check or CheckpointReader)(path)
         except CheckpointError as error:
             report(f"skipping damaged checkpoint {path}: {error}")
         else:
@@ -79,8 +79,12 @@ class CheckpointReader:
         prefix = tensor_key(kind, "")
         return sorted(key.removeprefix(prefix) for key in self.tensors if key.startswith(prefix))
 
-    def verify(self) -> None:
+    def verify(self, part: int = 0, parts: int = 1, progress: Callable[[], None] = lambda: None) -> None:
         """Check that the folder holds the listed shards and no others, with their size and SHA-256.
+
+        Args:
+            part, parts: hash only every ``parts``-th shard, so that ranks can share the work.
+            progress: called now and then, for a watchdog.
 
         Raises:
             CheckpointError: names the file and what differs.
@@ -90,9 +94,9 @@ class CheckpointReader:
             # Hidden files are not ours: network file systems and desktops leave some.
             if found.name not in listed and not found.name.startswith("."):
                 raise CheckpointError(f"{found} is not part of this checkpoint: remove it, or use another checkpoint")
-        for name, entry in self._manifest.files.items():
+        for name, entry in sorted(self._manifest.files.items())[part::parts]:
             self._check_size(name)
-            digest = sha256_of(self.path / name)
+            digest = sha256_of(self.path / name, progress)
             if digest != entry.sha256:
                 raise CheckpointError(
                     f"{self.path / name} has SHA-256 {digest[:16]}..., manifest says {entry.sha256[:16]}...: "

@@ -37,6 +37,7 @@ def save(
     state: dict[str, Any],
     barrier: Callable[[], None],
     keep: int,
+    progress: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write and commit the checkpoint of ``step``. Collective: every rank calls it with its own slices.
 
@@ -57,6 +58,7 @@ def save(
         state: JSON object, rank 0's is stored (dict keys become strings, tuples lists; floats round-trip exactly).
         barrier: returns once all ranks called it; called three times.
         keep: newest checkpoints to keep, this one included.
+        progress: called now and then while this rank writes, for a watchdog.
 
     Returns:
         The committed folder ``folder/step_XXXXXXXX``, on every rank.
@@ -79,7 +81,7 @@ def save(
         barrier()
 
     phase(lambda: checkpoints.prepare(final), taken=rank == 0)
-    phase(lambda: _write_rank(temporary, step, run_id, rank, slices))
+    phase(lambda: _write_rank(temporary, step, run_id, rank, slices, progress))
     phase(lambda: _commit(final, world_size, state), taken=rank == 0)
 
     if failure is not None:
@@ -98,14 +100,18 @@ def save(
     return final
 
 
-def _write_rank(temporary: Path, step: int, run_id: str, rank: int, slices: Iterable[TensorSlice]) -> None:
+def _write_rank(
+    temporary: Path, step: int, run_id: str, rank: int, slices: Iterable[TensorSlice], progress: Callable[[], None]
+) -> None:
     """Write this rank's shard and, once that is durable, the sidecar that vouches for it."""
     path = temporary / shard_name(rank)
     data, tensors = _shard(slices, path.name)
+    progress()
     write_shard(path, data, {"run_id": run_id, "step": str(step), "rank": str(rank)})
+    progress()
     # Hashed from the file and not from memory: safetensors writes in native code, and a copy of the shard would double
     # the memory. The pages are still cached, so this costs no disk reads.
-    file = FileEntry(bytes=regular_size(path), sha256=sha256_of(path))
+    file = FileEntry(bytes=regular_size(path), sha256=sha256_of(path, progress))
     sidecar = Manifest(run_id, step, {}, {path.name: file}, tensors)
     write_text(_sidecar(temporary, rank), sidecar.to_json())
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from dist_mtp.cli.compose import compose
+from dist_mtp.cli.gpus import cuda_device_name
 from dist_mtp.config import Config, resolve
 from dist_mtp.data.tokenizers import tokenizer_vocab_size
-from dist_mtp.monitor.atomic import replace_text
 from dist_mtp.monitor.formatting import compact, percent
-from dist_mtp.monitor.plots import plot_plan
+from dist_mtp.monitor.plan_files import PICTURE, PLAN, write_plan
 from dist_mtp.pipeline.plan import Plan, make_plan
-
-PLAN, PICTURE = "plan.json", "plan.png"
+from dist_mtp.run_folder import CONFIG_FILE
 
 
 def main(arguments: list[str]) -> int:
@@ -25,23 +23,23 @@ def main(arguments: list[str]) -> int:
 def run(config: Config) -> int:
     """Print the plan and write ``plan.json`` and ``plan.png`` into the run folder; returns exit code 0.
 
+    The folder of a run keeps its own plan: that one was made on the machine, and with the settings, that trained.
+
     Args:
-        config: resolved; ``pipeline.device_profile=auto`` plans for the CPU, as nothing here looks for a GPU.
+        config: resolved; ``pipeline.device_profile=auto`` plans for the device that ranks started here would use.
 
     Raises:
         ConfigError: the configuration has no plan.
     """
-    plan = make_plan(config)
+    plan = make_plan(config, cuda_device_name(config))
     folder = Path(config.run_dir)
+    print(summary(plan))
+    if (folder / CONFIG_FILE).exists():
+        print(f"\nnot written: {folder} holds a run and its {PLAN}; choose another run.name to write this plan")
+        return 0
     write_plan(plan, folder)
-    print(f"{summary(plan)}\n\nwritten to {folder / PLAN} and {folder / PICTURE}")
+    print(f"\nwritten to {folder / PLAN} and {folder / PICTURE}")
     return 0
-
-
-def write_plan(plan: Plan, folder: Path) -> None:
-    """Write ``plan.json`` and ``plan.png`` into ``folder``, which is created if needed."""
-    replace_text(folder / PLAN, json.dumps(plan.to_json(), indent=2) + "\n")
-    plot_plan(plan, folder / PICTURE)
 
 
 def summary(plan: Plan) -> str:

@@ -27,9 +27,12 @@ def sweep(overrides: list[str]) -> int:
     register_schema()
     fixed = check_overrides(overrides)
     codes: list[int] = []
+    signals: list[int] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://dist_mtp.conf", config_name="config")
     def point(composed: DictConfig) -> float | None:
+        if signals:
+            codes.append(EXIT_INTERRUPTED if signals[0] == signal.SIGINT else EXIT_TERMINATED)
         if {EXIT_INTERRUPTED, EXIT_TERMINATED} & set(codes):
             return None
         job = HydraConfig.get()
@@ -41,7 +44,7 @@ def sweep(overrides: list[str]) -> int:
             return None
         run_dir = Path("sweeps") / run_name / _point_name(fixed, job.overrides.task, job.job.num)
         arguments = [*job.overrides.task, f"run.dir='{run_dir}'"]
-        codes.append(_run([sys.executable, "-m", "dist_mtp.cli.main", "train", *arguments]))
+        codes.append(_run([sys.executable, "-m", "dist_mtp.cli.main", "train", *arguments], signals))
         result = read_result(run_dir)
         return None if result is None else result["objective"]
 
@@ -53,11 +56,17 @@ def sweep(overrides: list[str]) -> int:
     return next((code for code in codes if code != EXIT_DONE), EXIT_DONE)
 
 
-def _run(command: list[str]) -> int:
-    """Exit code of the point, which saves a checkpoint before it ends by a signal."""
+def _run(command: list[str], signals: list[int]) -> int:
+    """Exit code of the point, which saves a checkpoint before it ends by a signal; what arrives is added to ``signals``."""
     with subprocess.Popen(command) as process:
-        signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
-        signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal has sent it to the point as well
+
+        def terminate(number: int, frame: object) -> None:
+            signals.append(number)
+            process.terminate()
+
+        signal.signal(signal.SIGTERM, terminate)
+        # A terminal has sent it to the point as well.
+        signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
         return process.wait()
 
 

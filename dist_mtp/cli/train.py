@@ -37,6 +37,7 @@ def train(config: Config) -> int:
     config = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer))
     make_plan(config)  # each rank makes its own; here it refuses a layout that does not fit before anything is started
     _check_resume(config)
+    _check_device(config)
     prepare(config.data, config.tokenizer)
     prepare_run_folder(config)
     print(f"run folder {config.run_dir}, {config.world_size} ranks", file=sys.stderr)
@@ -44,5 +45,20 @@ def train(config: Config) -> int:
 
 
 def _check_resume(config: Config) -> None:
-    if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
-        raise ConfigError(f"resume={config.resume} is not auto, never or the folder of a checkpoint")
+    if config.resume in ("auto", "never"):
+        return
+    if not (Path(config.resume) / "manifest.json").is_file():
+        raise ConfigError(
+            f"resume={config.resume} is not auto, never or the folder of a checkpoint, such as "
+            "runs/NAME/checkpoints/step_00000100 with its manifest.json"
+        )
+
+
+def _check_device(config: Config) -> None:
+    """Ranks check it too; here a refusal comes before anything is started. Only ``cuda`` is worth the import of torch."""
+    if config.device == "cuda":
+        import torch
+
+        from dist_mtp.parallel.mesh import use_cuda_for
+
+        use_cuda_for(config.device, local_ranks=config.world_size, gpus=torch.cuda.device_count())

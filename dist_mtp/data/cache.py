@@ -36,7 +36,7 @@ def cached_folder(
     """
     if not folder.exists():
         _build(folder, manifest, write)
-    return _verified(folder, manifest, check_hashes)
+    return verified(folder, manifest, check_hashes)
 
 
 def sha256_file(file: Path) -> str:
@@ -71,7 +71,12 @@ def _build(folder: Path, manifest: str, write: Callable[[Path], dict[str, Any]])
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _verified(folder: Path, manifest: str, check_hashes: bool) -> dict[str, Any]:
+def verified(folder: Path, manifest: str, check_hashes: bool) -> dict[str, Any]:
+    """The manifest of a folder whose files agree with it in size and, if asked, in SHA-256.
+
+    Raises:
+        DataError: a file is missing or differs.
+    """
     fix = f"delete the folder {folder} and it is built again"
     try:
         info = json.loads((folder / manifest).read_text(encoding="utf-8"))

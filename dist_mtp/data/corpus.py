@@ -20,13 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_mtp.config import DataConfig, TokenizerConfig
-from dist_mtp.data.cache import SHORT_HASH, cached_folder
+from dist_mtp.data.cache import SHORT_HASH, cached_folder, verified
 from dist_mtp.data.sources import Corpus, Document, load_documents
 from dist_mtp.data.tokenizers import Tokenizer, make_tokenizer
 from dist_mtp.errors import ConfigError
 
 FORMAT = 1
 """Raise it when the files change meaning: it is hashed into the folder's name, so old folders are left alone."""
+MANIFEST = "corpus.json"
 Split = Literal["train", "validation"]
 
 
@@ -41,9 +42,10 @@ class TokenStream:
 
 
 @dataclass(frozen=True)
-class PreparedCorpus:
+class TokenizedCorpus:
+    """What training needs: ids, without the text or the tokenizer they came from."""
+
     folder: Path
-    tokenizer: Tokenizer
     info: dict[str, Any]
     """``corpus.json``. ``info["fingerprint"]`` identifies ids and split; checkpoints compare it."""
 
@@ -51,6 +53,20 @@ class PreparedCorpus:
         tokens = np.memmap(self.folder / f"{name}.bin", dtype=np.dtype(self.info["dtype"]), mode="r")
         lengths = np.load(self.folder / f"{name}_documents.npy", allow_pickle=False)
         return TokenStream(tokens, np.cumsum(lengths) - lengths)
+
+
+@dataclass(frozen=True)
+class PreparedCorpus(TokenizedCorpus):
+    tokenizer: Tokenizer
+
+
+def open_corpus(folder: Path) -> TokenizedCorpus:
+    """A corpus that :func:`prepare` made or verified, in this process or another; only sizes are checked again.
+
+    Raises:
+        DataError: a file is missing or has another size.
+    """
+    return TokenizedCorpus(folder, verified(folder, MANIFEST, check_hashes=False))
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, check_hashes: bool = True) -> PreparedCorpus:
@@ -90,8 +106,8 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, check_hashes: bool 
             "validation_unigram_cross_entropy_nats": smoothed_cross_entropy(train_counts, validation_counts),
         }
 
-    info = cached_folder(folder, "corpus.json", write, check_hashes=check_hashes)
-    return PreparedCorpus(folder, encoder, info)
+    info = cached_folder(folder, MANIFEST, write, check_hashes=check_hashes)
+    return PreparedCorpus(folder, info, encoder)
 
 
 def split_documents(

@@ -1,4 +1,7 @@
-"""Initial weights that depend on the seed and the logical name alone, so every layout starts from the same model."""
+"""Initial weights that depend on the seed and the logical name alone, so every layout starts from the same model.
+
+On one kind of device: CPU and CUDA generators draw different numbers from one seed.
+"""
 
 from __future__ import annotations
 

@@ -140,10 +140,8 @@ def head_stats(losses: Tensor, argmaxes: Tensor, targets: Tensor) -> HeadStats:
         losses, argmaxes, targets: [D+1, B, T].
     """
     valid = targets != IGNORE
-    agreements, comparable = (
-        [torch.zeros_like(valid[0, 0, 0], dtype=torch.int64)],
-        [valid.new_zeros((), dtype=torch.int64)],
-    )
+    zero = valid.new_zeros((), dtype=torch.int64)
+    agreements, comparable = [zero], [zero]
     for depth in range(1, targets.shape[0]):
         # Depth k at position i and the main head at position i+k predict the same token.
         both = valid[depth, :, :-depth]

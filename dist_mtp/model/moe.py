@@ -27,32 +27,32 @@ class Router(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.model = model
+        self.settings = model
         self.weight = nn.Parameter(torch.empty(model.n_routed_experts, model.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(model.n_routed_experts))
         self.register_buffer("load", torch.zeros(model.n_routed_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """[T, D] -> expert ids int64 [T, K] and their weights, fp32 [T, K]."""
-        model = self.model
+        settings = self.settings
         logits_TE = F.linear(at_least_fp32(x_TD), at_least_fp32(self.weight))
-        scores_TE = logits_TE.sigmoid() if model.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
+        scores_TE = logits_TE.sigmoid() if settings.scoring_func == "sigmoid" else logits_TE.softmax(dim=-1)
         with torch.no_grad():
             choice_TE = self._limit_to_groups(scores_TE + self.e_score_correction_bias)
-            ids_TK = choice_TE.topk(model.num_experts_per_tok, dim=-1, sorted=False).indices
+            ids_TK = choice_TE.topk(settings.num_experts_per_tok, dim=-1, sorted=False).indices
         weights_TK = scores_TE.gather(1, ids_TK)
-        if model.norm_topk_prob:
+        if settings.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return ids_TK, weights_TK * model.routed_scaling_factor
+        return ids_TK, weights_TK * settings.routed_scaling_factor
 
     def _limit_to_groups(self, choice_TE: Tensor) -> Tensor:
         """Shut out experts beyond the best groups; a group's score is the sum of its two best experts."""
-        model = self.model
-        if model.topk_group == model.n_group:
+        settings = self.settings
+        if settings.topk_group == settings.n_group:
             return choice_TE
-        grouped_TGe = choice_TE.unflatten(-1, (model.n_group, -1))
+        grouped_TGe = choice_TE.unflatten(-1, (settings.n_group, -1))
         group_scores_TG = grouped_TGe.topk(2, dim=-1).values.sum(dim=-1)
-        best_groups = group_scores_TG.topk(model.topk_group, dim=-1, sorted=False).indices
+        best_groups = group_scores_TG.topk(settings.topk_group, dim=-1, sorted=False).indices
         shut_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_groups, False)
         return grouped_TGe.masked_fill(shut_TG.unsqueeze(-1), float("-inf")).flatten(1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 import yaml
 
 from dist_mtp.config import Config, to_dict
-from dist_mtp.monitor.atomic import replace_text
 from dist_mtp.monitor.console import Console
 from dist_mtp.monitor.metrics import MetricsFile, read_metrics
-from dist_mtp.monitor.plots import plot_plan
+from dist_mtp.monitor.plan_files import PICTURE, write_plan
 from dist_mtp.monitor.report import final_report, median_tokens_per_s, parameter_table
 from dist_mtp.monitor.tensorboard import TensorBoard
 from dist_mtp.monitor.throughput import Throughput
@@ -62,9 +60,7 @@ class RunMonitor(Monitor):
 
     def start(self, resume_step: int) -> None:
         config = self._config
-        plan_text = json.dumps(self._plan.to_json(), indent=2)
-        replace_text(self.run_dir / "plan.json", plan_text + "\n")
-        plot_plan(self._plan, self.run_dir / "plan.png")
+        plan_text = write_plan(self._plan, self.run_dir)
         self._metrics_file = MetricsFile(self.run_dir / "metrics.jsonl", resume_step or None)
         if config.monitor.tensorboard:
             self._tensorboard = TensorBoard(
@@ -76,7 +72,7 @@ class RunMonitor(Monitor):
                 purge_step=resume_step + 1 if resume_step else None,
                 report=self.warn,
             )
-            self._tensorboard.add_image("plan", self.run_dir / "plan.png")
+            self._tensorboard.add_image("plan", self.run_dir / PICTURE)
         self.console.header(_describe(config, self._plan, self._corpus_info))
         if resume_step:
             self.console.notice(f"resumed after step {resume_step}")

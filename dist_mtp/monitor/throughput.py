@@ -7,14 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-BF16_DENSE_PEAK: tuple[tuple[str, float], ...] = (
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
-"""Part of a CUDA device's name -> FLOP/s (NVIDIA data sheets, without sparsity); the first match counts."""
+from dist_mtp.pipeline.devices import cuda_profile
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,8 @@ class Throughput:
 
 def cuda_peak_flops(name: str) -> float | None:
     """bf16 dense peak (FLOP/s) of a CUDA device by ``torch.cuda.get_device_name()``; None for devices not listed."""
-    return next((peak for part, peak in BF16_DENSE_PEAK if part in name), None)
+    profile = cuda_profile(name)
+    return None if profile is None else profile.peak_flops_per_s
 
 
 def cpu_peak_flops(threads: int, seconds: float = 0.1) -> float:

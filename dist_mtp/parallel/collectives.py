@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
-from dist_mtp.errors import ConfigError
+from dist_mtp import errors
+from dist_mtp.errors import ConfigError, DistMtpError
+
+_DONE = "done"
 
 
 def all_sum(values: Sequence[float], device: torch.device, group: dist.ProcessGroup | None = None) -> list[float]:
@@ -24,17 +27,36 @@ def all_max(values: Sequence[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def broadcast_text(text: str, device: torch.device) -> str:
-    """Rank 0's text on every rank."""
+def broadcast_text(text: str, device: torch.device, *, src: int = 0, group: dist.ProcessGroup | None = None) -> str:
+    """Text of rank ``src`` on every rank."""
     encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     length = torch.tensor(encoded.numel(), device=device)
-    dist.broadcast(length, src=0)
+    dist.broadcast(length, src=src, group=group)
     if length.item() == 0:
         return ""
-    if dist.get_rank() != 0:
+    if dist.get_rank() != src:
         encoded = torch.empty(int(length.item()), dtype=torch.uint8, device=device)
-    dist.broadcast(encoded, src=0)
+    dist.broadcast(encoded, src=src, group=group)
     return bytes(encoded.tolist()).decode()
+
+
+def from_rank_0(work: Callable[[], str], device: torch.device, *, group: dist.ProcessGroup | None = None) -> str:
+    """What ``work`` returns on rank 0, on every rank.
+
+    Raises:
+        DistMtpError: the one that rank 0 met, on every rank, so that none is left waiting.
+    """
+    outcome = ""
+    if dist.get_rank() == 0:
+        try:
+            outcome = f"{_DONE}:{work()}"
+        except DistMtpError as error:
+            outcome = f"{type(error).__name__}:{error}"
+    kind, _, text = broadcast_text(outcome, device, group=group).partition(":")
+    if kind == _DONE:
+        return text
+    refusal: type[DistMtpError] = getattr(errors, kind)
+    raise refusal(text)
 
 
 def check_same_hash(digest: str, device: torch.device, what: str) -> None:

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_mtp.config import Config
+from dist_mtp.errors import DivergedError
 from dist_mtp.model.naming import LogicalTensor, logical_tensors
 from dist_mtp.model.transformer import LanguageModel
+from dist_mtp.parallel.collectives import all_max
 from dist_mtp.parallel.mesh import Mesh
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
@@ -99,6 +101,28 @@ class Engine:
             if parameter.grad is not None:
                 parameter.main_grad.add_(parameter.grad)
                 parameter.grad = None
+
+    def check_embedding_copies(self) -> None:
+        """Under ``last`` placement, compare the embedding of the first and the last rank. Collective.
+
+        Both get the same summed gradient, but reduce it over their own data replicas; nothing in a backend promises that
+        two groups round alike.
+
+        Raises:
+            DivergedError: on all ranks, the copies differ.
+        """
+        differing = 0.0
+        if self.mesh.ends_group is not None and self._embedding_has_two_copies:
+            weight = self.model.model.embed_tokens.weight.detach()
+            first = weight.clone()
+            dist.broadcast(first, src=self.mesh.global_rank(0), group=self.mesh.ends_group)
+            differing = float((first != weight).sum())
+        (worst,) = all_max([differing], self.mesh.device)
+        if worst:
+            raise DivergedError(
+                f"the two copies of the embedding differ in {worst:.0f} elements: resume from the last checkpoint with "
+                "pipeline.placement=v, which has one copy"
+            )
 
     def reduce(self) -> None:
         """Sum the gradients of the embedding's two copies, then average all gradients over the data replicas."""

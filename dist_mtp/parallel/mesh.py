@@ -65,24 +65,53 @@ def default_environment(env: MutableMapping[str, str]) -> None:
         )
 
 
-def init_process_group(timeout_s: float) -> torch.device:
+def use_cuda_for(device: str, *, local_ranks: int, gpus: int) -> bool:
+    """Whether the ranks of a host train on its GPUs; the same answer for all of them.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``, the configuration's.
+        local_ranks: ranks on this host.
+        gpus: GPUs of this host that its ranks can see.
+
+    Raises:
+        ConfigError: ``cuda`` with fewer GPUs than ranks.
+    """
+    if device == "cuda" and gpus < local_ranks:
+        raise ConfigError(
+            f"device=cuda needs a GPU for each of the {local_ranks} ranks on this host, which has {gpus}: start fewer ranks "
+            "per host (parallel.pp x parallel.dp in all), or set device=cpu"
+        )
+    return device != "cpu" and gpus >= local_ranks
+
+
+def init_process_group(timeout_s: float, device: str = "auto") -> torch.device:
     """Join the world that the launcher's environment describes and pick this rank's device.
 
     Args:
         timeout_s: a collective that takes longer raises on the ranks that wait in it.
+        device: ``auto``, ``cpu`` or ``cuda``, the configuration's.
+
+    Raises:
+        ConfigError: ``cuda`` with fewer GPUs than ranks on this host.
     """
     default_environment(os.environ)
-    use_cuda = torch.cuda.is_available() and torch.cuda.device_count() > 0
-    if not use_cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if use_cuda and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; start fewer ranks per host"
-        )
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    # torchrun calls it LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    gpus = torch.cuda.device_count()
+    use_cuda = use_cuda_for(device, local_ranks=local_ranks, gpus=gpus)
     if use_cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(local_rank)
+    else:
+        # Read when deepspeed is imported; on a host with GPUs it would take them.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if device == "auto" and gpus > 0 and local_rank == 0:
+            print(
+                f"training on the CPU: this host has {gpus} GPU{'s' * (gpus > 1)} for {local_ranks} ranks; parallel.pp x "
+                f"parallel.dp of at most {gpus} would use the GPU{'s' * (gpus > 1)}",
+                file=sys.stderr,
+            )
+    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 
     import deepspeed
 
@@ -92,7 +121,7 @@ def init_process_group(timeout_s: float) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, dist_init_required=False)
-    return device
+    return chosen
 
 
 def _skip_shared_memory_op() -> None:

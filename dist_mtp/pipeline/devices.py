@@ -13,11 +13,12 @@ from dist_mtp.errors import ConfigError
 @dataclass(frozen=True)
 class DeviceProfile:
     name: str
+    cuda_names: tuple[str, ...]
+    """Parts of the name that the driver reports, any of which means this device."""
     flops_per_s: float
     """Matrix multiplication speed in bf16 that large layers reach in practice."""
-    peak_flops_per_s: float
-    """Dense bf16 peak of the data sheet; the denominator of model FLOPs utilisation (MFU)."""
-    memory_bytes: int
+    peak_flops_per_s: float | None
+    """Dense bf16 peak of the data sheet, the denominator of model FLOPs utilisation (MFU); None where it is measured."""
     bandwidth_bytes_per_s: float
     """Between neighbouring pipeline ranks, assumed to sit in different nodes."""
     latency_s: float
@@ -28,18 +29,22 @@ class DeviceProfile:
         return self.latency_s + num_bytes / self.bandwidth_bytes_per_s
 
 
-# Peaks and memory: NVIDIA data sheets (SXM, dense). Practical speed: about two thirds of peak. Network: one 400 Gbit/s
-# port per GPU (H100, H200) or 200 Gbit/s (A100). The CPU is one core and the loopback interface.
+# Peaks: NVIDIA data sheets (dense). Practical speed: about two thirds of peak. Network: one 400 Gbit/s port per GPU (H100,
+# H200) or 200 Gbit/s (A100). The CPU is one core and the loopback interface. The first row that a GPU's name fits counts.
 _PROFILES = (
-    DeviceProfile("h100", 6.5e14, 9.89e14, 80 * 10**9, 4.5e10, 1.5e-5),
-    DeviceProfile("h200", 6.5e14, 9.89e14, 141 * 10**9, 4.5e10, 1.5e-5),
-    DeviceProfile("a100", 2.2e14, 3.12e14, 80 * 10**9, 2.2e10, 1.5e-5),
-    DeviceProfile("cpu", 5.0e10, 1.0e11, 8 * 10**9, 1.0e9, 2.0e-4),
+    DeviceProfile("h100_pcie", ("H100 PCIe",), 5.0e14, 7.56e14, 4.5e10, 1.5e-5),
+    DeviceProfile("h100_nvl", ("H100 NVL",), 5.5e14, 8.35e14, 4.5e10, 1.5e-5),
+    DeviceProfile("h100", ("H100", "H800"), 6.5e14, 9.89e14, 4.5e10, 1.5e-5),
+    DeviceProfile("h200", ("H200",), 6.5e14, 9.89e14, 4.5e10, 1.5e-5),
+    DeviceProfile("a100", ("A100", "A800"), 2.2e14, 3.12e14, 2.2e10, 1.5e-5),
+    DeviceProfile("cpu", (), 5.0e10, None, 1.0e9, 2.0e-4),
 )
 PROFILES = {profile.name: profile for profile in _PROFILES}
 
-_CUDA_NAMES = {"H200": "h200", "H100": "h100", "H800": "h100", "A100": "a100", "A800": "a100"}
-"""Part of the name that the driver reports -> profile."""
+
+def cuda_profile(cuda_device_name: str) -> DeviceProfile | None:
+    """The profile of the GPU that ``torch.cuda.get_device_name()`` names; None for devices not listed."""
+    return next((p for p in _PROFILES if any(part in cuda_device_name for part in p.cuda_names)), None)
 
 
 def resolve_profile(name: str, cuda_device_name: str | None = None) -> DeviceProfile:
@@ -56,8 +61,7 @@ def resolve_profile(name: str, cuda_device_name: str | None = None) -> DevicePro
     if name == "auto":
         if cuda_device_name is None:
             return PROFILES["cpu"]
-        known = (profile for part, profile in _CUDA_NAMES.items() if part in cuda_device_name)
-        return PROFILES[next(known, "a100")]
+        return cuda_profile(cuda_device_name) or PROFILES["a100"]
     if name not in PROFILES:
         raise ConfigError(
             f"pipeline.device_profile={name} is unknown: use auto or one of {', '.join(PROFILES)}, or add a profile to "

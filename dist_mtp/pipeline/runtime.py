@@ -11,7 +11,7 @@ deferred weight gradients need, changed in each of torch 2.11 to 2.13. ``docs/ar
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,8 +37,6 @@ class PipelineRuntime:
         global_rank: world rank of a pipeline rank in this data replica.
         hidden_shape: [B, T, D] of one microbatch's hidden states.
         on_action: told before every action; lets a watchdog say where a rank stands.
-
-    ``bytes_sent`` counts what left this rank, by (from stage, to stage).
     """
 
     def __init__(
@@ -55,7 +53,6 @@ class PipelineRuntime:
         on_action: Callable[[Action], None] = lambda action: None,
     ) -> None:
         self.stages = stages
-        self.bytes_sent: dict[tuple[int, int], int] = defaultdict(int)
         self._plan, self._pp_rank, self._group, self._global_rank = plan, pp_rank, group, global_rank
         self._hidden_shape, self._dtype, self._device = hidden_shape, dtype, device
         self._on_action = on_action
@@ -66,16 +63,16 @@ class PipelineRuntime:
         self._outbox: dict[tuple[str, int, int], Tensor] = {}
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def train_step(self, batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[HeadStats]]:
+    def train_step(self, batches: Sequence[MicroBatch]) -> list[HeadStats]:
         """Forward and backward of all microbatches; gradients are left on the parameters.
 
         Returns:
-            Losses and statistics per microbatch on the rank of the last stage, empty lists elsewhere.
+            Statistics per microbatch on the rank of the last stage, an empty list elsewhere.
         """
         return self._run(self._plan.lowered[self._pp_rank], batches)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[HeadStats]]:
+    def evaluate(self, batches: Sequence[MicroBatch]) -> list[HeadStats]:
         """As :meth:`train_step`, forward only. Right under every schedule; nothing is left behind."""
         modes = [stage.model.training for stage in self.stages.values()]
         for stage in self.stages.values():
@@ -86,7 +83,7 @@ class PipelineRuntime:
             for stage, training in zip(self.stages.values(), modes, strict=True):
                 stage.model.train(training)
 
-    def _run(self, actions: Sequence[Action], batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[HeadStats]]:
+    def _run(self, actions: Sequence[Action], batches: Sequence[MicroBatch]) -> list[HeadStats]:
         for action in actions:
             self._on_action(action)
             self._perform(action, batches)
@@ -95,7 +92,7 @@ class PipelineRuntime:
         while self._sending:
             self._sending.popleft()[0].wait()
         last = self.stages.get(len(self._plan.stage_to_rank) - 1)
-        return last.take_results() if last is not None else ([], [])
+        return last.take_stats() if last is not None else []
 
     def _perform(self, action: Action, batches: Sequence[MicroBatch]) -> None:
         stage, microbatch = self.stages[action.stage], action.microbatch
@@ -139,7 +136,6 @@ class PipelineRuntime:
         request = dist.isend(tensor, self._peer(target), group=self._group)
         assert request is not None
         self._sending.append((request, tensor))
-        self.bytes_sent[source, target] += tensor.numel() * tensor.element_size()
 
     def _receive(self, edge: str, source: int, target: int, microbatch: int) -> None:
         buffer = torch.empty(self._hidden_shape, dtype=self._dtype, device=self._device)

@@ -19,7 +19,7 @@ class Stage:
         index: virtual stage, 0-based.
         model: the rank's units.
         units: names of this stage's units, in order.
-        collect_gradients: called after every action that leaves gradients on parameters.
+        collect_gradients: called after every action in which autograd leaves gradients on parameters.
     """
 
     def __init__(
@@ -27,7 +27,6 @@ class Stage:
     ) -> None:
         self.index, self.model, self.units = index, model, units
         self.stats: list[HeadStats] = []
-        self.losses: list[Tensor] = []
         self._collect_gradients = collect_gradients
         self._queue = WeightGradQueue()
         self._in_flight: dict[int, tuple[Tensor | None, Tensor]] = {}
@@ -51,13 +50,10 @@ class Stage:
                 continue
             assert x is not None
             x, stats = self.model.run_head(x, batch, accumulate_in_forward=training)
-            self.losses.append(x.detach())
             self.stats.append(stats)
         assert x is not None
         if training:
             self._in_flight[microbatch] = (hidden, x)
-            if HEAD in self.units:
-                self._collect_gradients()
         return x.detach()
 
     def backward(self, microbatch: int, grad_output: Tensor | None, *, defer_weights: bool) -> Tensor | None:
@@ -84,10 +80,8 @@ class Stage:
     def weight_gradients(self, microbatch: int) -> None:
         """Compute the weight gradients that :meth:`backward` left."""
         run(self._deferred.pop(microbatch))
-        self._collect_gradients()
 
-    def take_results(self) -> tuple[list[Tensor], list[HeadStats]]:
-        """Losses and statistics of the last stage since the previous call, by microbatch in order of execution."""
-        results = (self.losses, self.stats)
-        self.losses, self.stats = [], []
-        return results
+    def take_stats(self) -> list[HeadStats]:
+        """Statistics of the last stage's microbatches since the previous call, in order of execution."""
+        stats, self.stats = self.stats, []
+        return stats

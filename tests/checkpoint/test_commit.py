@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoint.rank_threads import WEIGHT, cut, filled, save_outcomes, save_ranks
 
-from dist_mtp.checkpoint.folder import committed
+from dist_mtp.checkpoint.folder import committed, newest_first
 from dist_mtp.checkpoint.format import TensorSlice
 from dist_mtp.checkpoint.load import CheckpointReader, find_latest
 from dist_mtp.errors import CheckpointError
@@ -71,7 +71,7 @@ def test_kill_at_every_system_call(scenario, world_size, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             fuse = Fuse(patch, calls, Killed())
             outcomes = save_outcomes(folder, step, filled(2.0, world_size), keep=1)
-        latest = find_latest(folder, report=pytest.fail)
+        latest = find_latest(newest_first(folder), report=pytest.fail)
         assert latest is not None, f"killed before call {calls}: nothing loadable in {names(folder)}"
         found.append(value_of(latest))
         for _, path in committed(folder):
@@ -100,7 +100,7 @@ def test_full_disk_at_every_system_call(world_size, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             fuse = Fuse(patch, calls, OSError(errno.ENOSPC, "No space left on device"))
             outcomes = save_outcomes(folder, 2, filled(2.0, world_size), keep=1)
-        latest = find_latest(folder, report=pytest.fail)
+        latest = find_latest(newest_first(folder), report=pytest.fail)
         assert latest is not None, f"call {calls}: nothing loadable in {names(folder)}"
         assert value_of(latest) in (1.0, 2.0)
         for rank, outcome in enumerate(outcomes):
@@ -279,7 +279,7 @@ class TestRetention:
     def test_steps_sort_as_numbers(self, tmp_path):
         for step in (99_999_999, 100_000_000):
             save_ranks(tmp_path, step, filled(float(step)))
-        latest = find_latest(tmp_path, report=pytest.fail)
+        latest = find_latest(newest_first(tmp_path), report=pytest.fail)
         assert latest == tmp_path / "step_100000000", f"found {latest}"
 
     def test_foreign_files_are_left_alone(self, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoint.rank_threads import WEIGHT, filled, save_ranks
 
+from dist_mtp.checkpoint.folder import newest_first
 from dist_mtp.checkpoint.load import CheckpointReader, find_latest
 from dist_mtp.checkpoint.manifest import MANIFEST, MANIFEST_HASH
 from dist_mtp.errors import CheckpointError
@@ -33,7 +34,7 @@ def assert_skipped(path: Path, reason: str) -> None:
     with pytest.raises(CheckpointError, match=reason):
         CheckpointReader(path)
     messages: list[str] = []
-    latest = find_latest(path.parent, report=messages.append)
+    latest = find_latest(newest_first(path.parent), report=messages.append)
     assert latest == path.with_name("step_00000001"), f"found {latest}, messages {messages}"
     assert len(messages) == 1, f"one damaged checkpoint, but messages {messages}"
     assert str(path) in messages[0], f"message does not name {path}: {messages[0]}"
@@ -220,7 +221,7 @@ class TestHostileFiles:
 
     def test_symlinked_checkpoint_folder_is_no_candidate(self, path):
         path.with_name("step_00000003").symlink_to(path)
-        assert find_latest(path.parent, report=pytest.fail) == path
+        assert find_latest(newest_first(path.parent), report=pytest.fail) == path
 
     def test_pickle_is_never_executed(self, path, tmp_path):
         marker = tmp_path / "executed"

@@ -11,6 +11,7 @@ from checkpoint.rank_threads import WEIGHT, cut, filled, save_ranks
 from safetensors.torch import load_file
 
 from dist_mtp.checkpoint.files import write_tensors
+from dist_mtp.checkpoint.folder import newest_first
 from dist_mtp.checkpoint.format import DTYPES, TensorSlice
 from dist_mtp.checkpoint.load import CheckpointReader, find_latest
 from dist_mtp.errors import CheckpointError
@@ -152,7 +153,7 @@ class TestReaderRefuses:
 def test_find_latest_without_checkpoints(tmp_path):
     """A first run has no folder yet: that is no error and nothing to report."""
     messages: list[str] = []
-    assert find_latest(tmp_path / "checkpoints", report=messages.append) is None
+    assert find_latest(newest_first(tmp_path / "checkpoints"), report=messages.append) is None
     assert messages == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,15 @@ import pytest
 
 from dist_mtp import train
 from dist_mtp.config import from_mapping
-from dist_mtp.errors import EXIT_DATA, EXIT_DIVERGED, EXIT_RANK_FAILURE, EXIT_TERMINATED
-from dist_mtp.launch import _explain_failure, first_failure
+from dist_mtp.errors import (
+    EXIT_DATA,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EXIT_RANK_FAILURE,
+    EXIT_TERMINATED,
+)
+from dist_mtp.launch import _explain_failure, first_failure, launch
 from dist_mtp.monitor.result import read_result, write_result
 
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
@@ -98,9 +106,71 @@ class TestBlame:
         assert result["message"] == "step 3: loss nan", f"result.json says {result['message']!r}"
 
     def test_ranks_that_were_told_to_stop(self, tmp_path: Path) -> None:
+        write_result(tmp_path, "interrupted", EXIT_TERMINATED, {}, None, None)
         config = from_mapping({"run": {"dir": str(tmp_path)}})
         code = _explain_failure(config, SimpleNamespace(failures=failures((143, 100), (143, 100))))
         assert code == EXIT_TERMINATED, f"exit code {code}, expected {EXIT_TERMINATED}"
+
+    def test_rank_that_stopped_without_a_checkpoint(self, tmp_path: Path) -> None:
+        """Rank 1 ended as told, rank 0 died before it could say that the checkpoint is there."""
+        config = from_mapping({"run": {"dir": str(tmp_path)}})
+        code = _explain_failure(config, SimpleNamespace(failures=failures((KILLED, 100), (143, 100))))
+        result = read_result(tmp_path)
+        assert code == EXIT_RANK_FAILURE, f"exit code {code}, expected {EXIT_RANK_FAILURE}"
+        assert result is not None, "no result.json"
+        assert result["status"] == "failed", f"result.json says {result}"
+
+
+class TestStop:
+    """After a signal 130 and 143 mean that nothing was lost. Otherwise a run would look safe whose last steps are gone."""
+
+    @pytest.mark.parametrize(
+        ("number", "wrote", "trained", "code", "status"),
+        [
+            (signal.SIGTERM, "interrupted", True, EXIT_TERMINATED, "interrupted"),
+            (signal.SIGINT, "interrupted", True, EXIT_INTERRUPTED, "interrupted"),
+            (signal.SIGTERM, "done", True, EXIT_DONE, "done"),
+            (signal.SIGTERM, "diverged", True, EXIT_DIVERGED, "diverged"),
+            (signal.SIGTERM, None, True, EXIT_RANK_FAILURE, "failed"),
+            (signal.SIGTERM, None, False, EXIT_TERMINATED, "interrupted"),
+            (signal.SIGINT, None, False, EXIT_INTERRUPTED, "interrupted"),
+        ],
+    )
+    def test_exit_code_and_result(
+        self,
+        number: int,
+        wrote: str | None,
+        trained: bool,
+        code: int,
+        status: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.launcher import api
+
+        (tmp_path / "plan.json").write_text("of an earlier start")
+        os.utime(tmp_path / "plan.json", (1, 1))
+
+        def stopped_ranks(*arguments: object) -> None:
+            if trained:
+                (tmp_path / "plan.json").write_text("{}")
+            if wrote is not None:
+                ends = {"done": EXIT_DONE, "diverged": EXIT_DIVERGED, "interrupted": EXIT_TERMINATED}
+                write_result(tmp_path, wrote, ends[wrote], {}, None, None)
+            raise SignalException("stopped", signal.Signals(number))
+
+        monkeypatch.setattr(api, "elastic_launch", lambda settings, entry: stopped_ranks)
+        got = launch(from_mapping({"run": {"dir": str(tmp_path)}}))
+        error = capsys.readouterr().err
+        assert got == code, f"exit code {got}, expected {code}: {error}"
+        result = read_result(tmp_path)
+        assert result is not None, "no result.json"
+        assert result["status"] == status, f"result.json says {result}, expected {status}"
+        if wrote is None:
+            assert result["message"] in error, f"{error!r} lacks {result['message']!r}"
+            assert result["exit_code"] == code, f"result.json says {result}, expected {code}"
 
 
 class TestSignals:
@@ -114,17 +184,17 @@ class TestSignals:
             signal.signal(number, handler)
 
     def test_repeated_signal_is_one_stop(self) -> None:
-        trainer = SimpleNamespace(stop_requested=False)
+        trainer = SimpleNamespace(stop_signal=False)
         received = train._stop_on_signals(trainer)
-        assert not trainer.stop_requested, "a stop was requested before any signal"
+        assert not trainer.stop_signal, "a stop was requested before any signal"
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
-        assert trainer.stop_requested, "the signal requested no stop"
+        assert trainer.stop_signal, "the signal requested no stop"
         assert received == [signal.SIGTERM, signal.SIGTERM, signal.SIGINT], f"received {received}"
 
     def test_impatient_signal_ends_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(train, "SIGNAL_PATIENCE_S", -1.0)
-        train._stop_on_signals(SimpleNamespace(stop_requested=False))
+        train._stop_on_signals(SimpleNamespace(stop_signal=False))
         signal.raise_signal(signal.SIGINT)
         # The default action of SIGINT in C ends the process; Python's own default can be seen to come.
         raised: list[int] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import yaml
 
 from dist_mtp.config import Config, from_mapping, resolve
 from dist_mtp.errors import ConfigError
-from dist_mtp.run_folder import changed_keys, prepare_run_folder
+from dist_mtp.run_folder import changed_keys, lock_run_folder, prepare_run_folder
 
 
 def make_config(folder: Path, *, resume: str = "auto", **sections: dict[str, Any]) -> Config:
@@ -80,7 +82,7 @@ class TestContinue:
         prepare_run_folder(make_config(tmp_path))
         (tmp_path / "result.json").write_text(json.dumps({"status": "done"}))
         prepare_run_folder(make_config(tmp_path))
-        assert files(tmp_path) == ["config.yaml"], f"found {files(tmp_path)}"
+        assert files(tmp_path) == [".lock", "config.yaml"], f"found {files(tmp_path)}"
 
 
 class TestSetAside:
@@ -106,6 +108,39 @@ class TestSetAside:
         (tmp_path / "home" / "thesis.tex").write_text("precious")
         prepare_run_folder(make_config(tmp_path / "home", resume="never"))
         assert files(tmp_path) == ["home"], f"found {files(tmp_path)}, the folder was renamed"
+
+
+class TestLock:
+    """Two runs never write into one folder: their metrics would mix, and each would delete the other's checkpoints."""
+
+    def test_second_start_is_refused(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        prepare_run_folder(make_config(folder))
+        (folder / "result.json").write_text("{}")
+        before = (folder / "config.yaml").read_text()
+        with lock_run_folder(folder):
+            for config in (make_config(folder, train={"steps": 7}), make_config(folder, resume="never")):
+                with pytest.raises(ConfigError) as caught:
+                    prepare_run_folder(config)
+                for part in (str(folder), "in use by another run", "run.name"):
+                    assert part in str(caught.value), f"{str(caught.value)!r} lacks {part!r}"
+        assert files(tmp_path) == ["run"], f"found {files(tmp_path)}, a folder in use was set aside"
+        assert (folder / "config.yaml").read_text() == before, "a refused start changed config.yaml"
+        assert (folder / "result.json").exists(), "a refused start deleted result.json"
+
+    def test_is_released(self, tmp_path: Path) -> None:
+        """After preparation the ranks take the lock; after a run's end, however it came, the next one."""
+        for resume in ("auto", "auto", "never"):
+            prepare_run_folder(make_config(tmp_path / "run", resume=resume))
+            lock_run_folder(tmp_path / "run").close()
+
+    def test_file_system_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*arguments: object) -> None:
+            raise OSError(errno.ENOSYS, "not implemented")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        prepare_run_folder(make_config(tmp_path))
+        assert "config.yaml" in files(tmp_path)
 
 
 class TestUnusableFolders:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,9 @@ import yaml
 from support import launches
 from support.launches import overrides
 
-from dist_mtp.cli.sweep import _point_name
+from dist_mtp.cli.sweep import _point_name, _run
 from dist_mtp.config import from_mapping
-from dist_mtp.errors import EXIT_CONFIG, EXIT_DONE
+from dist_mtp.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RANK_FAILURE, EXIT_TERMINATED
 from dist_mtp.monitor.metrics import read_metrics
 from dist_mtp.monitor.result import read_result
 
@@ -52,6 +54,36 @@ class TestPoints:
     def test_what_hydra_refuses(self, tmp_path: Path) -> None:
         done = sweep(tmp_path, "optim.lr=[1,")
         assert done.returncode == EXIT_CONFIG, f"exited {done.returncode}, expected {EXIT_CONFIG}:\n{done.stderr}"
+
+
+class TestSignal:
+    """A signal ends the whole sweep, also when the point under way could not save and so ends with another code."""
+
+    @pytest.mark.parametrize(("point_code", "code"), [(EXIT_RANK_FAILURE, EXIT_RANK_FAILURE), (0, EXIT_TERMINATED)])
+    def test_no_further_points(self, tmp_path: Path, point_code: int, code: int) -> None:
+        script = (
+            "import signal\n"
+            "from dist_mtp.cli import sweep\n"
+            "ran = []\n"
+            "def run(command, signals):\n"
+            "    ran.append(command)\n"
+            "    signals.append(signal.SIGTERM)\n"
+            f"    return {point_code}\n"
+            "sweep._run = run\n"
+            "print(sweep.sweep(['mtp.depth=0,1,2']), len(ran))"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert done.stdout.split() == [str(code), "1"], f"code and points: {done.stdout}\n{done.stderr}"
+
+    def test_is_noticed_and_passed_on(self) -> None:
+        kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        signals: list[int] = []
+        try:
+            code = _run(["sh", "-c", "sleep 1; kill -TERM $PPID; sleep 30"], signals)
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+        assert (code, signals) == (-signal.SIGTERM, [signal.SIGTERM]), f"exited {code}, noticed {signals}"
 
 
 class TestPointNames:

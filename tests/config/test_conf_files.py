@@ -86,8 +86,13 @@ class TestOverrides:
         assert got == (1000, 1e-3, ((1000.0, 0.1),)), f"got {got}"
 
     def test_deepspeed_keys_need_no_plus(self) -> None:
-        ds = compose(["ds.zero_optimization.overlap_comm=true", "+ds.a.b=[1,2]", "ds.c=0.5"]).ds
-        expected = {"zero_optimization": {"overlap_comm": True}, "a": {"b": [1, 2]}, "c": 0.5}
+        given = ["ds.zero_optimization.reduce_scatter=false", "+ds.comms_logger.enabled=true", "ds.steps_per_print=5"]
+        ds = compose(given).ds
+        expected = {
+            "zero_optimization": {"reduce_scatter": False},
+            "comms_logger": {"enabled": True},
+            "steps_per_print": 5,
+        }
         assert ds == expected, f"got {ds}, expected {expected}"
 
     @pytest.mark.parametrize("spelling", ["2,3,3,2", "'2,3,3,2'"])

@@ -79,6 +79,32 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"ds.bf16.enabled": True}, ["ds.bf16", "precision"]),
     ({"ds.zero_optimization.stage": 2}, ["ds.zero_optimization.stage", "stage 1"]),
     ({"ds.zero_optimization.offload_param.device": "cpu"}, ["ds.zero_optimization.offload_param", "ZeRO stage 3"]),
+    ({"ds.zero_optimization.cpu_offload": True}, ["ds.zero_optimization.cpu_offload", "not supported"]),
+    ({"ds.zero_optimization.overlap_comm": True}, ["ds.zero_optimization.overlap_comm", "remove it"]),
+    ({"ds.zero_optimization": None}, ["ds.zero_optimization", "section", "None"]),
+    ({"ds.zero_optimization.reduce_bucket_sise": 1}, ["did you mean 'ds.zero_optimization.reduce_bucket_size'?"]),
+    ({"ds.reduce_bucket_size": 1}, ["did you mean 'ds.zero_optimization.reduce_bucket_size'?"]),
+    ({"ds.flops_profiler.enabled": True}, ["ds.flops_profiler.enabled", "ds.comms_logger.enabled"]),
+    ({"ds.wall_clock_breakdown": "yes"}, ["ds.wall_clock_breakdown=yes", "true or false"]),
+    ({"ds.wall_clock_breakdown.enabled": True}, ["ds.wall_clock_breakdown.enabled", "did you mean"]),
+    ({"ds.steps_per_print": True}, ["ds.steps_per_print=True", "number"]),
+    ({"ds.steps_per_print": 0}, ["ds.steps_per_print=0", "greater than 0"]),
+    ({"ds.steps_per_print": float("inf")}, ["ds.steps_per_print=inf", "number"]),
+    ({"ds.zero_optimization.reduce_bucket_size": 1.5}, ["reduce_bucket_size=1.5", "whole number"]),
+    ({"mtp.loss_weight_steps": [[100, -0.1]]}, ["mtp.loss_weight_steps", "-0.1", "negative"]),
+    ({"mtp.loss_weight_steps": [[-100, 0.1]]}, ["mtp.loss_weight_steps", "-100", "negative"]),
+    ({"optim.min_lr_ratio": 1.5}, ["optim.min_lr_ratio=1.5", "between 0 and 1"]),
+    ({"optim.min_lr_ratio": -0.1}, ["optim.min_lr_ratio=-0.1", "between 0 and 1"]),
+    ({"model.rope_theta": 1}, ["model.rope_theta=1.0", "greater than 1"]),
+    ({"model.rope_scaling.factor": 0.5}, ["model.rope_scaling.factor=0.5", "at least 1"]),
+    ({"model.rope_scaling.beta_slow": 0}, ["model.rope_scaling.beta_slow=0", "greater than 0"]),
+    ({"model.rope_scaling.beta_fast": -1}, ["model.rope_scaling.beta_fast=-1", "beta_slow=1"]),
+    ({"model.rope_scaling.beta_fast": 1}, ["model.rope_scaling.beta_fast=1", "beta_slow=1"]),
+    (
+        {"model.rope_scaling.original_max_position_embeddings": 0},
+        ["model.rope_scaling.original_max_position_embeddings=0", "at least 1"],
+    ),
+    ({"device": "gpu"}, ["device=gpu", "auto, cpu, cuda"]),
 ]
 
 
@@ -104,7 +130,9 @@ class TestContradictions:
             {"debug.dump_steps": [1, 5], "train.steps": 5},
             {"launcher.name": "none", "parallel.pp": 1},
             {"mtp.depth": 0, "optim.lr": 0, "optim.clip_norm": 0, "eval.every": 0, "checkpoint.every": 0},
-            {"ds.zero_optimization.overlap_comm": True, "ds.wall_clock_breakdown": True},
+            {"ds.zero_optimization": {}, "ds.wall_clock_breakdown": True},
+            {"ds.zero_optimization.reduce_bucket_size": 5e8, "ds.gradient_predivide_factor": 2},
+            {"mtp.loss_weight_steps": [[0, 0]], "optim.min_lr_ratio": 1, "model.rope_scaling.beta_slow": 31.9},
         ]
         for dotted in accepted:
             config = from_mapping(nested(dotted))

@@ -1,22 +1,55 @@
-"""Which checkpoint a run continues from."""
+"""Which checkpoint a run continues from, in a world of one rank and with an engine that has no parameters."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from dist_mtp.checkpoint.format import TensorSlice
 from dist_mtp.checkpoint.save import save
+from dist_mtp.config import Config, from_mapping, to_dict
 from dist_mtp.errors import CheckpointError
-from dist_mtp.snapshot import _choose
+from dist_mtp.snapshot import CHECKPOINTS, restore_newest
+
+MESH: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+ENGINE: Any = SimpleNamespace(
+    all_fragments=list, named_parameters=list, model=nn.Module(), set_optimizer_step=lambda step: None
+)
 
 
-def save_step(folder: Path, step: int) -> Path:
-    piece = TensorSlice("param", "model.norm.weight", (4,), 0, torch.arange(4.0) + step)
+@pytest.fixture(scope="module", autouse=True)
+def world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return from_mapping({"run": {"dir": str(tmp_path / "run")}})
+
+
+def save_step(config: Config, step: int) -> Path:
+    """A checkpoint as a run of ``config`` writes it, with one small tensor."""
     return save(
-        folder, step=step, run_id="run", rank=0, world_size=1, slices=[piece], state={}, barrier=lambda: None, keep=9
+        Path(config.run_dir) / CHECKPOINTS,
+        step=step,
+        run_id="run",
+        rank=0,
+        world_size=1,
+        slices=[TensorSlice("param", "model.norm.weight", (4,), 0, torch.arange(4.0) + step)],
+        state={"rows_per_step": config.rows_per_step, "corpus": "corpus", "config": to_dict(config)},
+        barrier=lambda: None,
+        keep=9,
     )
 
 
@@ -27,44 +60,80 @@ def damage(checkpoint: Path) -> None:
     shard.write_bytes(content)
 
 
-class TestChoice:
-    """``auto`` takes the newest intact checkpoint and never trains over a folder whose checkpoints are all damaged; a named
-    checkpoint must be intact and not be behind the folder's own."""
+def restore(config: Config, told: list[str] | None = None) -> int:
+    messages: list[str] = [] if told is None else told
+    return restore_newest(config, ENGINE, MESH, corpus="corpus", report=messages.append)
 
-    def test_nothing_to_resume(self, tmp_path: Path) -> None:
-        assert _choose("auto", tmp_path / "none", print) == ""
 
-    def test_newest(self, tmp_path: Path) -> None:
-        save_step(tmp_path, 1)
-        newest = save_step(tmp_path, 2)
-        assert _choose("auto", tmp_path, print) == str(newest)
+class TestAuto:
+    """``auto`` takes the newest intact checkpoint, and never trains over a folder whose checkpoints are all damaged."""
 
-    def test_falls_back_loudly(self, tmp_path: Path) -> None:
-        older = save_step(tmp_path, 1)
-        damage(save_step(tmp_path, 2))
+    def test_nothing_to_resume(self, config: Config) -> None:
+        assert restore(config) == 0
+
+    def test_newest(self, config: Config) -> None:
+        save_step(config, 1)
+        save_step(config, 2)
+        assert restore(config) == 2
+
+    def test_falls_back_loudly(self, config: Config) -> None:
+        save_step(config, 1)
+        damage(save_step(config, 2))
         told: list[str] = []
-        assert _choose("auto", tmp_path, told.append) == str(older)
+        assert restore(config, told) == 1
         assert any("step_00000002" in line for line in told), told
 
-    def test_interrupted_replacement(self, tmp_path: Path) -> None:
+    def test_interrupted_replacement(self, config: Config) -> None:
         """A kill between the two renames that replace a step leaves it under another name."""
-        path = save_step(tmp_path, 3)
-        aside = path.rename(path.with_name(path.name + ".old"))
-        assert _choose("auto", tmp_path, print) == str(aside)
+        path = save_step(config, 3)
+        path.rename(path.with_name(path.name + ".old"))
+        assert restore(config) == 3
 
-    def test_all_damaged(self, tmp_path: Path) -> None:
-        damage(save_step(tmp_path, 1))
+    def test_all_damaged(self, config: Config) -> None:
+        damage(save_step(config, 1))
         with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
-            _choose("auto", tmp_path, lambda _: None)
+            restore(config)
 
-    def test_named_behind_the_folder(self, tmp_path: Path) -> None:
-        named = save_step(tmp_path, 1)
-        save_step(tmp_path, 2)
-        with pytest.raises(CheckpointError, match="up to step 2, later than step 1"):
-            _choose(str(named), tmp_path, print)
 
-    def test_named_and_damaged(self, tmp_path: Path) -> None:
-        named = save_step(tmp_path / "other", 1)
-        damage(named)
+class TestNamed:
+    """``resume=FOLDER`` starts a run from there, once: repeated, the command continues what it began. The checkpoint must be
+    intact and from the same model, data and order of samples."""
+
+    @pytest.fixture
+    def branch(self, config: Config, tmp_path: Path) -> Config:
+        """Another run, started from step 2 of the first."""
+        path = save_step(config, 2)
+        return dataclasses.replace(
+            config, resume=str(path), run=dataclasses.replace(config.run, dir=str(tmp_path / "branch"))
+        )
+
+    def test_starts_there(self, branch: Config) -> None:
+        assert restore(branch) == 2
+
+    def test_repeated(self, branch: Config) -> None:
+        save_step(branch, 5)
+        told: list[str] = []
+        assert restore(branch, told) == 5
+        assert any("checkpoints of its own" in line for line in told), told
+
+    def test_damaged(self, branch: Config) -> None:
+        damage(Path(branch.resume))
         with pytest.raises(CheckpointError, match="SHA-256"):
-            _choose(str(named), tmp_path, print)
+            restore(branch)
+
+    @pytest.mark.parametrize(
+        ("section", "key", "value", "named"),
+        [
+            ("model", "rope_theta", 500000.0, "model.rope_theta 10000.0 -> 500000.0"),
+            ("train", "seq_len", 48, "train.seq_len 128 -> 48"),
+            ("train", "micro_batches", 5, "16 rows per step, this run has 20"),
+        ],
+    )
+    def test_other_settings(self, branch: Config, section: str, key: str, value: float, named: str) -> None:
+        changed = dataclasses.replace(getattr(branch, section), **{key: value})
+        with pytest.raises(CheckpointError, match=named):
+            restore(dataclasses.replace(branch, **{section: changed}))
+
+    def test_free_settings(self, branch: Config) -> None:
+        optim = dataclasses.replace(branch.optim, lr=1e-5)
+        assert restore(dataclasses.replace(branch, optim=optim)) == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from pipeline.pipeline_cases import tiny_config, v3_config
 
+from dist_mtp.cli import gpus
 from dist_mtp.cli import plan as plan_command
 from dist_mtp.config import LAST_SCHEDULES, V_SCHEDULES, Config, RunConfig, check
 from dist_mtp.monitor.plots import plot_plan
@@ -155,6 +156,26 @@ class TestCommand:
         assert "embed" in printed
         assert "predicted step" in printed
         assert str(folder / "plan.json") in printed
+
+    def test_leaves_the_files_of_a_run_alone(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config: Config = dataclasses.replace(tiny_config(2), run=RunConfig(dir=str(tmp_path)))
+        for name in ("config.yaml", "plan.json", "plan.png"):
+            (tmp_path / name).write_text("the run's")
+        assert plan_command.run(config) == 0
+        kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+        assert kept == dict.fromkeys(("config.yaml", "plan.json", "plan.png"), "the run's"), f"found {kept}"
+        printed = capsys.readouterr().out
+        for part in ("predicted step", "not written", str(tmp_path), "run.name"):
+            assert part in printed, f"{part!r} is missing in:\n{printed}"
+
+    def test_plans_for_the_gpus_of_the_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(gpus, "visible_gpus", lambda: ["NVIDIA H200"] * 2)
+        config: Config = dataclasses.replace(tiny_config(2), run=RunConfig(dir=str(tmp_path)))
+        assert plan_command.run(config) == 0
+        assert json.loads((tmp_path / "plan.json").read_text()) == make_plan(config, "NVIDIA H200").to_json()
+        assert "device profile h200" in capsys.readouterr().out
 
     def test_warns_when_the_head_is_too_slow(self) -> None:
         text = plan_command.summary(make_plan(v3_config(depth=2, pp=16, layout="uniform")))

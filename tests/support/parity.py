@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,7 @@ def make_config(folder: Path, layout: Layout, variant: Variant) -> Config:
         },
         "eval": {"every": 0, "batches": 1},
         "checkpoint": {"every": 0},
+        "precision": {},
         "debug": {"dump_steps": list(range(1, STEPS + 1))},
         "run": {"dir": str(run_dir(folder, layout, variant))},
     }
@@ -155,15 +158,19 @@ def make_trainer(config: Config) -> Any:
     return Trainer(config, make_mesh(config, device), make_plan(config), corpus, Monitor())
 
 
-def run_steps(config: Config, *, evaluate_between: bool = False) -> Any:
+def run_steps(
+    config: Config, *, evaluate_between: bool = False, on_start: Callable[[Any], None] = lambda trainer: None
+) -> Any:
     """Train ``STEPS`` steps; rank 0 writes dumps and ``rows.json`` (metrics of each step) into the run folder.
 
     Args:
         evaluate_between: evaluate before every step; must change nothing.
+        on_start: given the trainer before the first step.
     """
     torch.manual_seed(int(os.environ["RANK"]))  # nothing may depend on the global generator
     trainer = make_trainer(config)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    on_start(trainer)
     rows = []
     for trainer.step in range(1, STEPS + 1):
         evaluated = trainer.evaluate() if evaluate_between else {}
@@ -176,7 +183,8 @@ def run_steps(config: Config, *, evaluate_between: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Difference:
-    """Worst relative differences between two runs: of losses, of the clip norm, of any gradient tensor (2-norm)."""
+    """Worst relative differences between two runs: of losses, of the clip norm, of any gradient tensor (2-norm).
+    Infinite where any value of either run is not finite."""
 
     loss: float
     grad_norm: float
@@ -188,28 +196,39 @@ class Difference:
         return self.loss <= LOSS_BOUND and self.grad_norm <= NORM_BOUND and self.gradient <= GRADIENT_BOUND
 
 
-def compare(run: Path, reference: Path) -> Difference:
-    """Compare dumps and metrics of two run folders."""
+def compare(run: Path, reference: Path, steps: Iterable[int] = range(1, STEPS + 1)) -> Difference:
+    """Compare dumps and metrics of two run folders.
+
+    Raises:
+        AssertionError: the runs have other rows, losses or tensors, or trained on other batches or router biases.
+    """
     loss, norm, gradient, tensor = 0.0, 0.0, 0.0, ""
-    for row, other in zip(*(json.loads((p / "rows.json").read_text()) for p in (run, reference)), strict=True):
-        for key in (k for k in other if k.startswith("loss")):
-            loss = max(loss, abs(row[key] - other[key]) / abs(other[key]))
-        norm = max(norm, abs(row["grad_norm"] - other["grad_norm"]) / other["grad_norm"])
-    for step in range(1, STEPS + 1):
-        ours, theirs = (load_file(p / "dumps" / f"step_{step}.safetensors") for p in (run, reference))
-        assert ours.keys() == theirs.keys(), f"tensors of only one run: {sorted(ours.keys() ^ theirs.keys())}"
-        for name in theirs:
+    ours, theirs = (json.loads((folder / "rows.json").read_text()) for folder in (run, reference))
+    assert len(ours) == len(theirs), f"{len(ours)} and {len(theirs)} steps"
+    for step in steps:
+        row, other = ours[step - 1], theirs[step - 1]
+        losses = {key for key in other if key.startswith("loss")}
+        assert losses == {key for key in row if key.startswith("loss")}, f"{sorted(row)} and {sorted(other)}"
+        loss = max(loss, *(_relative_number(row[key], other[key]) for key in losses))
+        norm = max(norm, _relative_number(row["grad_norm"], other["grad_norm"]))
+        tensors, others = (load_file(p / "dumps" / f"step_{step}.safetensors") for p in (run, reference))
+        assert tensors.keys() == others.keys(), f"tensors of only one run: {sorted(tensors.keys() ^ others.keys())}"
+        for name in others:
             if name.startswith(("batch/", "bias/")):
-                assert torch.equal(ours[name], theirs[name]), f"{name} differs: {ours[name]} and {theirs[name]}"
+                assert torch.equal(tensors[name], others[name]), f"{name}: {tensors[name]} and {others[name]}"
             if name.startswith("grad/"):
-                distance = relative(ours[name], theirs[name])
+                distance = relative(tensors[name], others[name])
                 if distance > gradient:
                     gradient, tensor = distance, f"step {step} {name}"
     return Difference(loss, norm, gradient, tensor)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """``|a - b| / |b|`` in the 2-norm, computed in fp64; 0 when both are zero."""
-    size = b.double().norm()
-    difference = (a.double() - b.double()).norm()
-    return float(difference / size) if size > 0 else float(difference)
+    """``|a - b| / |b|`` in the 2-norm, computed in fp64; ``|a|`` when b is zero; infinite unless all of a and b is finite."""
+    difference, size = (a.double() - b.double()).norm(), b.double().norm()
+    distance = float(difference / size) if size > 0 else float(difference)
+    return distance if math.isfinite(distance) else math.inf  # max(0, nan) is 0: a nan must not get out of here
+
+
+def _relative_number(a: float, b: float) -> float:
+    return relative(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,6 +38,42 @@ SPECIAL_VARIANTS = (
     Variant(1, extra=(("pipeline.layout", "uniform"),)),
 )
 SPECIAL_LAYOUTS = (Layout("v", "zbv", 2), Layout("last", "1f1b", 2))
+BF16 = (("precision.name", "bf16"),)
+BF16_VARIANTS = (Variant(2, extra=BF16), Variant(2, tied=True, extra=BF16))
+TINY_STEPS = Variant(2, extra=(*BF16, ("optim.lr", 1e-7)))
+"""Every update is far below the spacing of the bf16 weights."""
+TRAFFIC_FUNCTIONS = (
+    "send",
+    "isend",
+    "recv",
+    "irecv",
+    "broadcast",
+    "reduce",
+    "all_reduce",
+    "all_reduce_coalesced",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "gather",
+    "scatter",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all",
+    "all_to_all_single",
+)
+"""Everything in ``torch.distributed`` that moves tensors."""
+
+
+@dataclass
+class Observed:
+    """What a rank was seen to do while :func:`observe` was watching.
+
+    ``traffic``: messages by (function, dtype, shape of the largest tensor), groups of one rank left out, as those send
+    nothing. ``embedding_weights``: ``id`` and ``data_ptr`` of the weight of every embedding look-up.
+    """
+
+    traffic: Counter[tuple[str, str, tuple[int, ...]]] = field(default_factory=Counter)
+    embedding_weights: list[tuple[int, int]] = field(default_factory=list)
 
 
 def evaluated(layout: Layout) -> Variant:
@@ -41,15 +83,14 @@ def evaluated(layout: Layout) -> Variant:
 
 def world_of_1(folder: Path) -> None:
     odd = [dataclasses.replace(Variant(1), micro_batches=m) for ms in ODD_MICROBATCHES.values() for m in ms]
-    for variant in dict.fromkeys([*ALL_VARIANTS, *odd, *SPECIAL_VARIANTS]):
+    for variant in dict.fromkeys([*ALL_VARIANTS, *odd, *SPECIAL_VARIANTS, *BF16_VARIANTS]):
         run_steps(make_config(folder, REFERENCE, variant))
 
 
 def world_of_2(folder: Path) -> None:
     for layout in layouts(2):
         for variant in ALL_VARIANTS:
-            trainer = run_steps(make_config(folder, layout, variant))
-            _write_facts(trainer, folder / "facts" / f"{variant}-{layout}")
+            _run_observed(folder, layout, variant)
         run_steps(make_config(folder, layout, evaluated(layout)), evaluate_between=True)
     for layout, counts in ODD_MICROBATCHES.items():
         for count in counts:
@@ -57,6 +98,9 @@ def world_of_2(folder: Path) -> None:
     for layout in SPECIAL_LAYOUTS:
         for variant in SPECIAL_VARIANTS:
             run_steps(make_config(folder, layout, variant))
+        for variant in BF16_VARIANTS:
+            _run_observed(folder, layout, variant)
+        _run_tiny_steps(folder, layout)
 
 
 def world_of_4(folder: Path) -> None:
@@ -73,30 +117,92 @@ def whole_matrix(folder: Path) -> None:
             run_steps(make_config(folder, layout, variant))
 
 
-def _write_facts(trainer: Any, path: Path) -> None:
-    """What this rank knows about shared parameters and traffic."""
-    engine, model = trainer.engine, trainer.model
-    flat = [p for group in _optimized_parameters(engine) for p in group]
-    facts: dict[str, Any] = {
-        "bytes_sent": {f"{a}->{b}": n for (a, b), n in trainer.runtime.bytes_sent.items()},
-        "optimized_names": [name for name, p in engine.named_parameters() if any(p is q for q in flat)],
-        "optimized_count": len(flat),
+@contextlib.contextmanager
+def observe() -> Iterator[Observed]:
+    """Record communication and embedding look-ups underneath the trainer, where its own counters have no say."""
+    observed = Observed()
+
+    def watch_traffic(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if dist.get_world_size(kwargs.get("group")) > 1:
+                largest = max(_tensors([*args, *kwargs.values()]), key=torch.Tensor.numel)
+                observed.traffic[name, str(largest.dtype), tuple(largest.shape)] += 1
+            return function(*args, **kwargs)
+
+        return watched
+
+    def watch_embedding(weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        observed.embedding_weights.append((id(weight), weight.data_ptr()))
+        return embedding(weight, *args, **kwargs)
+
+    embedding = torch.embedding
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "embedding", watch_embedding))
+        for name in TRAFFIC_FUNCTIONS:
+            stack.enter_context(mock.patch.object(dist, name, watch_traffic(name, getattr(dist, name))))
+        yield observed
+
+
+def _tensors(values: list[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(list(value))
+
+
+def _run_observed(folder: Path, layout: Layout, variant: Variant) -> None:
+    """Train and write down what this rank sent, looked up and optimizes."""
+    with observe() as observed:
+        trainer = run_steps(make_config(folder, layout, variant))
+    engine = trainer.engine
+    # BF16_Optimizer and the fp32 ZeRO-1 optimizer name their groups of model parameters differently.
+    groups = getattr(engine.optimizer, "bf16_groups", None) or engine.optimizer.bit16_groups
+    optimized = [id(parameter) for group in groups for parameter in group]
+    facts = {
+        "traffic": [[*message, count] for message, count in observed.traffic.items()],
+        "embedding_weights": observed.embedding_weights,
+        "optimized_ids": optimized,
+        "ids_by_name": {name: id(parameter) for name, parameter in engine.named_parameters()},
     }
-    if hasattr(model.model, "embed_tokens"):
-        used: list[torch.nn.Module] = []
-        hook = model.model.embed_tokens.register_forward_hook(lambda module, *_: used.append(module))
-        trainer.evaluate()
-        hook.remove()
-        facts["embedding_objects"] = len({id(module) for module in used})
-        facts["embedding_storages"] = len({module.weight.data_ptr() for module in used})
-        facts["embedding_uses"] = len(used)
-        facts["embeddings_in_optimizer"] = sum(p is model.model.embed_tokens.weight for p in flat)
-    else:
-        trainer.evaluate()
+    _write_facts(folder, layout, variant, facts)
+
+
+def _run_tiny_steps(folder: Path, layout: Layout) -> None:
+    """Train and write down, by parameter, how its fp32 masters and its bf16 weights moved."""
+    before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    trainer = run_steps(make_config(folder, layout, TINY_STEPS), on_start=lambda t: before.update(_weights(t.engine)))
+    facts = {}
+    for name, (master, weight) in _weights(trainer.engine).items():
+        old_master, old_weight = before[name]
+        facts[name] = {
+            "dtypes": [str(master.dtype), str(weight.dtype)],
+            "masters_moved": int((master != old_master).sum()),
+            # A weight close to zero has a spacing small enough to follow.
+            "weights_moved": int(((weight != old_weight) & (old_weight.abs() > 1e-3)).sum()),
+            "out_of_step": int((master.to(weight.dtype) != weight).sum()),
+        }
+    _write_facts(folder, layout, TINY_STEPS, facts)
+
+
+def _weights(engine: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of this rank's (masters, model weights) by parameter name, flat."""
+    parameters = dict(engine.named_parameters())
+    return {
+        fragment.parameter: (
+            fragment.tensors["param"].clone(),
+            parameters[fragment.parameter]
+            .detach()
+            .flatten()[fragment.start :][: len(fragment.tensors["param"])]
+            .clone(),
+        )
+        for fragment in engine.all_fragments()
+    }
+
+
+def _write_facts(folder: Path, layout: Layout, variant: Variant, facts: dict[str, Any]) -> None:
+    path = folder / "facts" / f"{variant}-{layout}.rank{dist.get_rank()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(f".rank{trainer.mesh.rank}.json").write_text(json.dumps(facts))
+    path.write_text(json.dumps(facts))
     dist.barrier()
-
-
-def _optimized_parameters(engine: Any) -> list[list[torch.nn.Parameter]]:
-    return engine.optimizer.bit16_groups
