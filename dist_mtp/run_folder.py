@@ -11,12 +11,10 @@ import yaml
 from dist_mtp.config import Config, to_dict
 from dist_mtp.errors import ConfigError
 from dist_mtp.monitor.result import RESULT
+from dist_mtp.same_run import clashes
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
-_FIXED = ("model", "data", "tokenizer", "precision", "mtp", "train.seed", "train.seq_len")
-"""Sections and keys that a checkpoint depends on; a run cannot change them half-way."""
-_FREE_MTP = ("mtp.loss_weight", "mtp.loss_weight_steps")
 
 
 def lock_run_folder(folder: Path) -> TextIO:
@@ -80,28 +78,9 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
-def changed_keys(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values."""
-    changed: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changed |= changed_keys(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changed[prefix + key] = (old, new)
-    return changed
-
-
 def _check_same_run(folder: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
-    changed = changed_keys(before, after)
-    clash = {
-        key: values
-        for key, values in changed.items()
-        if key not in _FREE_MTP and any(key == fixed or key.startswith(fixed + ".") for fixed in _FIXED)
-    }
-    if clash:
-        listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in clash.items())
+    if different := clashes(before, after):
         raise ConfigError(
-            f"{folder} holds a run with other settings ({listed}): choose run.name=..., or resume=never to set the old "
+            f"{folder} holds a run with other settings ({different}): choose run.name=..., or resume=never to set the old "
             "run aside and start anew"
         )

@@ -38,8 +38,9 @@ class Trainer:
         monitor: where metrics go; silent on ranks other than 0.
         beat: told what the rank begins to do, for the watchdog.
 
-    ``stop_signal`` may be set at any time, on any rank, by a signal handler: the step under way is finished on all ranks,
-    a checkpoint is written, and :meth:`run` returns with ``stopping`` set.
+    ``stop_signal`` may be set at any time, on any rank, by a signal handler: the step under way, with its evaluation if one
+    is due, is finished on all ranks, so that a resumed run's metrics equal an uninterrupted one's; a checkpoint is written,
+    and :meth:`run` returns with ``stopping`` set.
     """
 
     def __init__(
@@ -158,18 +159,12 @@ class Trainer:
         }
 
     def evaluate(self) -> Metrics:
-        """``eval_*`` losses and draft agreement on the validation documents; the same rows every time. Collective.
-
-        Empty when a stop signal cut the evaluation short.
-        """
+        """``eval_*`` losses and draft agreement on the validation documents; the same rows every time. Collective."""
         stats = []
         for index in range(self.batches.validation_batches()):
             self.beat(f"evaluation after step {self.step}, batch {index}")
             batches = self.batches.step("validation", index, self.config.mtp.loss_weight)
             stats += self.runtime.evaluate(batches.micro_batches)
-            self._agree_to_stop()
-            if self.stopping:
-                return {}
         totals, _ = reduce_heads(stats, self.config.mtp.depth + 1, self.mesh)
         metrics = {f"eval_{name}": value for name, value in totals.metrics().items()}
         if "eval_loss_main" in metrics:

@@ -13,7 +13,8 @@ import yaml
 
 from dist_mtp.config import Config, from_mapping, resolve
 from dist_mtp.errors import ConfigError
-from dist_mtp.run_folder import changed_keys, lock_run_folder, prepare_run_folder
+from dist_mtp.run_folder import lock_run_folder, prepare_run_folder
+from dist_mtp.same_run import changed_keys
 
 
 def make_config(folder: Path, *, resume: str = "auto", **sections: dict[str, Any]) -> Config:

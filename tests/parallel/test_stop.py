@@ -26,7 +26,7 @@ class TestOneRankIsTold:
     @pytest.mark.parametrize("moment", MOMENTS)
     def test_all_stop_together(self, folder: Path, moment: str) -> None:
         ends = [json.loads((folder / f"{moment}.rank_{rank}.json").read_text()) for rank in range(2)]
-        expected = {"step": STOP_STEP, "stopping": True, "evaluated": False}  # the evaluation is cut short
+        expected = {"step": STOP_STEP, "stopping": True, "evaluated": True}
         assert ends == [expected, expected], f"{ends}, expected twice {expected}"
         checkpoints = [path.name for path in (folder / moment / "checkpoints").iterdir()]
         assert checkpoints == [f"step_{STOP_STEP:08d}"], checkpoints
