@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin
 from dist_mtp import config as schema
 from dist_mtp.cli.compose import config_groups
 from dist_mtp.config import Config
+from dist_mtp.config_checks import DEEPSPEED_KEYS, DERIVED_DEEPSPEED_KEYS
 
 PAGE = Path(__file__).with_name("configuration.md")
 CONF = Path(schema.__file__).resolve().parents[1] / "conf"
@@ -72,9 +73,9 @@ def deepspeed_table() -> list[str]:
     """What ``ds.*`` may set, and what to use instead of the rest."""
     names = {bool: "true or false", int: "whole number", float: "number"}
     allowed = ["## DeepSpeed keys", "", "These may be set; any other is refused.", "", "| key | type |", "|---|---|"]
-    allowed += [f"| `ds.{key}` | {names[kind]} |" for key, kind in schema.DEEPSPEED_KEYS.items()]
+    allowed += [f"| `ds.{key}` | {names[kind]} |" for key, kind in DEEPSPEED_KEYS.items()]
     derived = ["", "dist_mtp sets these itself:", "", "| `ds.` key | instead |", "|---|---|"]
-    return allowed + derived + [f"| `{key}` | {advice} |" for key, advice in schema.DERIVED_DEEPSPEED_KEYS.items()]
+    return allowed + derived + [f"| `{key}` | {advice} |" for key, advice in DERIVED_DEEPSPEED_KEYS.items()]
 
 
 def _section(name: str, cls: type) -> list[str]:

@@ -17,7 +17,8 @@ from support.launches import Ended, Running, overrides
 
 from dist_mtp.checkpoint.load import CheckpointReader
 from dist_mtp.cli.main import main
-from dist_mtp.config import DEEPSPEED_KEYS, from_mapping
+from dist_mtp.config import from_mapping
+from dist_mtp.config_checks import DEEPSPEED_KEYS
 from dist_mtp.errors import EXIT_CONFIG, EXIT_DIVERGED, EXIT_DONE, EXIT_RANK_FAILURE, EXIT_TERMINATED
 from dist_mtp.monitor.metrics import comparable
 from dist_mtp.monitor.result import read_result

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dist_mtp.config import Config, check, config_hash, from_mapping, resolve, to_dict
+from dist_mtp.config import Config, config_hash, from_mapping, resolve, to_dict
+from dist_mtp.config_checks import check
 from dist_mtp.errors import ConfigError
 from dist_mtp.typed_config import valid_keys
 

@@ -14,7 +14,8 @@ from pipeline.pipeline_cases import tiny_config, v3_config
 
 from dist_mtp.cli import gpus
 from dist_mtp.cli import plan as plan_command
-from dist_mtp.config import LAST_SCHEDULES, V_SCHEDULES, Config, RunConfig, check
+from dist_mtp.config import Config, RunConfig
+from dist_mtp.config_checks import LAST_SCHEDULES, V_SCHEDULES, check
 from dist_mtp.monitor.plots import plot_plan
 from dist_mtp.pipeline.costs import list_units, num_parameters
 from dist_mtp.pipeline.plan import Plan, make_plan

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from dist_mtp.config import LAST_SCHEDULES, V_SCHEDULES, Config, from_mapping, resolve
+from dist_mtp.config import Config, from_mapping, resolve
+from dist_mtp.config_checks import LAST_SCHEDULES, V_SCHEDULES
 
 STEPS = 3
 ROWS = 8
