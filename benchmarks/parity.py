@@ -1,4 +1,4 @@
-"""The full parity matrix: every MTP depth, tied and untied, in every layout of 2 and 4 ranks, against one process.
+"""The full parity matrix: every MTP depth, tied and untied, in every layout of 2, 4 and 8 ranks, against one process.
 
     python benchmarks/parity.py            # about six minutes on two cores; `make parity`
 
@@ -41,6 +41,7 @@ from support.parity import (
     compare,
     layouts,
     make_config,
+    matrix_variants,
     relative,
     run_dir,
     write_corpus,
@@ -53,7 +54,7 @@ from dist_mtp.model.targets import count_targets, loss_coefficients
 from dist_mtp.model.transformer import HEAD, LanguageModel, MicroBatch
 from dist_mtp.pipeline.costs import list_units
 
-WORLDS = (1, 2, 4)
+WORLDS = (1, 2, 4, 8)
 
 
 def main() -> int:
@@ -97,7 +98,7 @@ def row_of(folder: Path, layout: Layout) -> dict[str, Any]:
     world = folder / f"world_{layout.pp * layout.dp}"
     found: dict[Variant, Difference] = {
         variant: compare(run_dir(world, layout, variant), run_dir(folder / "world_1", REFERENCE, variant))
-        for variant in ALL_VARIANTS
+        for variant in matrix_variants(layout.pp * layout.dp)
     }
     variant, worst = max(found.items(), key=lambda item: item[1].gradient)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -54,16 +55,23 @@ REFERENCE = Layout("v", "gpipe", pp=1)
 ALL_VARIANTS = tuple(Variant(depth, tied) for depth, tied in itertools.product(range(4), (False, True)))
 
 
+def matrix_variants(world_size: int) -> tuple[Variant, ...]:
+    """Every depth, tied and untied; with enough microbatches for ``dualpipev`` on four pipeline ranks and two replicas."""
+    if world_size < 8:
+        return ALL_VARIANTS
+    return tuple(dataclasses.replace(variant, micro_batches=2 * ROWS) for variant in ALL_VARIANTS)
+
+
 def run_dir(folder: Path, layout: Layout, variant: Variant) -> Path:
     return folder / "runs" / f"{variant}" / f"{layout}"
 
 
 def layouts(world_size: int) -> list[Layout]:
-    """Every placement and schedule on ``world_size`` ranks, with one and with two data replicas."""
+    """Every placement and schedule on ``world_size`` ranks, with one and with two data replicas of 2 or 4 stages' ranks."""
     return [
         Layout(placement, schedule, world_size // dp, dp)
         for dp in (1, 2)
-        if world_size // dp >= 2
+        if world_size // dp in (2, 4)
         for placement, schedules in (("v", V_SCHEDULES), ("last", LAST_SCHEDULES))
         for schedule in schedules
     ]
