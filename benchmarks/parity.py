@@ -1,6 +1,6 @@
 """The full parity matrix: every MTP depth, tied and untied, in every layout of 2, 4 and 8 ranks, against one process.
 
-    python benchmarks/parity.py            # about six minutes on two cores; `make parity`
+    python benchmarks/parity.py            # about four minutes on two cores; `make parity`
 
 Each run trains three steps in fp32 on the small model of ``tests/support/parity.py``. The first table gives, per layout,
 the worst relative difference from the single process over all variants: of any loss, of the clip norm and of any
