@@ -296,3 +296,22 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + key] = value
     return leaves
+
+
+def use_cuda_for(device: str, *, local_ranks: int, gpus: int) -> bool:
+    """Whether the ranks of a host train on its GPUs; the same answer for all of them.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``, the configuration's.
+        local_ranks: ranks on this host.
+        gpus: GPUs of this host that its ranks can see.
+
+    Raises:
+        ConfigError: ``cuda`` with fewer GPUs than ranks.
+    """
+    if device == "cuda" and gpus < local_ranks:
+        raise ConfigError(
+            f"device=cuda needs a GPU for each of the {local_ranks} ranks on this host, which has {gpus}: start fewer ranks "
+            "per host (parallel.pp x parallel.dp in all), or set device=cpu"
+        )
+    return device != "cpu" and gpus >= local_ranks

@@ -8,6 +8,7 @@ import subprocess
 from importlib.metadata import version
 
 from dist_mtp.config import Config
+from dist_mtp.config_checks import use_cuda_for
 
 TIMEOUT_S = 10.0
 """The driver answers in a second, or in none if it hangs; the plan must not."""
@@ -16,15 +17,15 @@ TIMEOUT_S = 10.0
 def cuda_device_name(config: Config) -> str | None:
     """Name of the first GPU if ranks started here would use GPUs, None if they would use the CPU.
 
-    The rule is that of ``dist_mtp.parallel.mesh.use_cuda_for``. ``device=cuda`` on a machine without a GPU, such as the
-    login node of a cluster, gives a name that no device profile knows.
+    ``device=cuda`` on a machine with too few GPUs, such as the login node of a cluster, plans for the machines that have
+    them; without any GPU the name is one that no device profile knows.
     """
     if config.device == "cpu":
         return None
     names = visible_gpus()
     if config.device == "cuda":
         return names[0] if names else "unknown GPU"
-    return names[0] if len(names) >= config.world_size else None
+    return names[0] if use_cuda_for(config.device, local_ranks=config.world_size, gpus=len(names)) else None
 
 
 def visible_gpus() -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dist_mtp.cli.compose import compose
 from dist_mtp.config import Config, resolve
+from dist_mtp.config_checks import use_cuda_for
 from dist_mtp.data.corpus import prepare
 from dist_mtp.data.sources import check_source
 from dist_mtp.data.tokenizers import check_tokenizer, tokenizer_vocab_size
@@ -58,7 +59,5 @@ def _check_device(config: Config) -> None:
     """Ranks check it too; here a refusal comes before anything is started. Only ``cuda`` is worth the import of torch."""
     if config.device == "cuda":
         import torch
-
-        from dist_mtp.parallel.mesh import use_cuda_for
 
         use_cuda_for(config.device, local_ranks=config.world_size, gpus=torch.cuda.device_count())

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dist_mtp.config import Config
+from dist_mtp.config_checks import use_cuda_for
 from dist_mtp.errors import ConfigError
 
 
@@ -63,25 +64,6 @@ def default_environment(env: MutableMapping[str, str]) -> None:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
-
-
-def use_cuda_for(device: str, *, local_ranks: int, gpus: int) -> bool:
-    """Whether the ranks of a host train on its GPUs; the same answer for all of them.
-
-    Args:
-        device: ``auto``, ``cpu`` or ``cuda``, the configuration's.
-        local_ranks: ranks on this host.
-        gpus: GPUs of this host that its ranks can see.
-
-    Raises:
-        ConfigError: ``cuda`` with fewer GPUs than ranks.
-    """
-    if device == "cuda" and gpus < local_ranks:
-        raise ConfigError(
-            f"device=cuda needs a GPU for each of the {local_ranks} ranks on this host, which has {gpus}: start fewer ranks "
-            "per host (parallel.pp x parallel.dp in all), or set device=cpu"
-        )
-    return device != "cpu" and gpus >= local_ranks
 
 
 def init_process_group(timeout_s: float, device: str = "auto") -> torch.device:

@@ -8,8 +8,8 @@ import pytest
 
 from dist_mtp.cli import gpus
 from dist_mtp.config import from_mapping
+from dist_mtp.config_checks import use_cuda_for
 from dist_mtp.errors import ConfigError
-from dist_mtp.parallel.mesh import use_cuda_for
 
 A100, H100 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
 LISTING = f"0, GPU-aa11, {H100}\n1, GPU-bb22, {H100}\n2, GPU-cc33, {A100}\n"
