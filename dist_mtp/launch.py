@@ -29,23 +29,26 @@ _SAID = (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, *_STOPPED)
 """Exit codes of a rank that ended on purpose and said why."""
 
 
-def launch(config: Config) -> int:
+def launch(config: Config, corpus: Path) -> int:
     """Run all ranks to their end.
+
+    Args:
+        corpus: folder of the tokenised corpus.
 
     Returns:
         The documented exit code: that of the rank that failed first, or 5 when it died or hung. 130 and 143 mean that a
         signal stopped the run and nothing was lost: a checkpoint was committed, or training had not begun.
     """
-    file = str(Path(config.run_dir) / CONFIG_FILE)
+    arguments = ["--config", str(Path(config.run_dir) / CONFIG_FILE), "--corpus", str(corpus)]
     os.environ.setdefault("OMP_NUM_THREADS", str(config.launcher.threads_per_rank))
     if config.launcher.name == "none":
         from dist_mtp.train import main
 
-        return main(["--config", file])
-    return _torchrun(config, file)
+        return main(arguments)
+    return _torchrun(config, arguments)
 
 
-def _torchrun(config: Config, file: str) -> int:
+def _torchrun(config: Config, arguments: list[str]) -> int:
     """``torchrun`` on loopback, called as a library so that failures come back as data."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -71,7 +74,7 @@ def _torchrun(config: Config, file: str) -> int:
         settings.shutdown_timeout = max(30, int(config.train.hang_timeout_s))
     before = _training_began(config)
     try:
-        elastic_launch(settings, sys.executable)("-u", "-m", "dist_mtp.train", "--config", file)
+        elastic_launch(settings, sys.executable)("-u", "-m", "dist_mtp.train", *arguments)
     except ChildFailedError as error:
         return _explain_failure(config, error)
     except SignalException as stopped:

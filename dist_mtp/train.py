@@ -6,7 +6,8 @@ Started by ``dist-mtp train``, or by hand::
     deepspeed --num_accelerators 2 --module dist_mtp.train parallel.pp=2
     python -m dist_mtp.train parallel.pp=1
 
-Arguments are Hydra overrides, or ``--config FILE`` with a resolved configuration, as the launcher writes it.
+Arguments are Hydra overrides, or ``--config FILE`` with a resolved configuration. The launcher adds ``--corpus FOLDER``, the
+tokenised corpus that it has prepared.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     faulthandler.enable()  # a crash in native code shows its Python stack
     try:
-        return run_rank(config, launched="--config" in arguments)
+        return run_rank(config, prepared=Path(arguments[3]) if arguments[2:3] == ["--corpus"] else None)
     except DistMtpError as error:
         # Raised alike on all ranks, or by one rank whose peers then fail in their next collective.
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -71,7 +72,7 @@ def load_config(arguments: Sequence[str]) -> Config:
     Raises:
         ConfigError: bad overrides, an unreadable file, or a sweep started inside a launcher.
     """
-    if len(arguments) == 2 and arguments[0] == "--config":
+    if arguments[:1] == ["--config"] and (len(arguments) == 2 or (len(arguments) == 4 and arguments[2] == "--corpus")):
         try:
             values = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -88,12 +89,12 @@ def load_config(arguments: Sequence[str]) -> Config:
     return compose(arguments)
 
 
-def run_rank(config: Config, *, launched: bool) -> int:
+def run_rank(config: Config, *, prepared: Path | None) -> int:
     """Set up this rank, train, and tear down.
 
     Args:
-        launched: ``dist-mtp train`` started this rank: it has prepared the run folder and the corpus, and this rank ends
-            with it.
+        prepared: folder of the tokenised corpus, if ``dist-mtp train`` started this rank: it has prepared and verified that
+            and the run folder, and this rank ends with it. None prepares both here.
     """
     import torch
     import torch.distributed as dist
@@ -104,7 +105,7 @@ def run_rank(config: Config, *, launched: bool) -> int:
     from dist_mtp.parallel.mesh import init_process_group
     from dist_mtp.run_folder import lock_run_folder, prepare_run_folder
 
-    if launched:
+    if prepared is not None:
         _end_with_parent()
     # The watchdog speaks first.
     device = init_process_group(timeout_s=2 * config.train.hang_timeout_s, device=config.device)
@@ -116,7 +117,7 @@ def run_rank(config: Config, *, launched: bool) -> int:
     held = []
 
     def take_folder() -> str:
-        if not launched:
+        if prepared is None:
             prepare_run_folder(config)
         held.append(lock_run_folder(run_dir))
         return ""
@@ -124,10 +125,10 @@ def run_rank(config: Config, *, launched: bool) -> int:
     from_rank_0(take_folder, cpu, group=setup)
     log = _open_rank_log(run_dir, rank)
     try:
-        folder = from_rank_0(
-            lambda: str(prepare(config.data, config.tokenizer, check_hashes=not launched).folder), cpu, group=setup
-        )
-        code = _train(config, device, open_corpus(Path(folder)), log)
+        if prepared is None:
+            folder = from_rank_0(lambda: str(prepare(config.data, config.tokenizer).folder), cpu, group=setup)
+            prepared = Path(folder)
+        code = _train(config, device, open_corpus(prepared), log)
     except Exception as error:
         if rank == 0:  # the terminal may be gone; the other ranks' error output is their log
             print(error if isinstance(error, DistMtpError) else traceback.format_exc(), file=log, flush=True)

@@ -39,10 +39,10 @@ def train(config: Config) -> int:
     make_plan(config)  # each rank makes its own; here it refuses a layout that does not fit before anything is started
     _check_resume(config)
     _check_device(config)
-    prepare(config.data, config.tokenizer)
+    corpus = prepare(config.data, config.tokenizer)
     prepare_run_folder(config)
     print(f"run folder {config.run_dir}, {config.world_size} ranks", file=sys.stderr)
-    return launch(config)
+    return launch(config, corpus.folder)
 
 
 def _check_resume(config: Config) -> None:

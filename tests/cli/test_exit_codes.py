@@ -162,7 +162,7 @@ class TestStop:
             raise SignalException("stopped", signal.Signals(number))
 
         monkeypatch.setattr(api, "elastic_launch", lambda settings, entry: stopped_ranks)
-        got = launch(from_mapping({"run": {"dir": str(tmp_path)}}))
+        got = launch(from_mapping({"run": {"dir": str(tmp_path)}}), tmp_path / "corpus")
         error = capsys.readouterr().err
         assert got == code, f"exit code {got}, expected {code}: {error}"
         result = read_result(tmp_path)
