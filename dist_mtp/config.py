@@ -60,11 +60,11 @@ class ModelConfig:
     n_group: int = 2
     topk_group: int = 1
     """Experts are chosen only inside the best ``topk_group`` of ``n_group`` groups."""
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    """Score of a group: the sum of its two best experts (DeepSeek-V3), or its best expert (DeepSeek-V2)."""
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 2.5
-    router_bias_update_speed: float = 0.001
-    """Step of the load-balancing bias (arXiv 2408.15664); 0 freezes it."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.006
     """Standard deviation of the initial weights (DeepSeek-V3 report, section 4.2)."""
@@ -76,6 +76,28 @@ class ModelConfig:
     def is_moe_layer(self, layer: int) -> bool:
         """Whether trunk layer ``layer`` (0-based) is a mixture of experts."""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """How experts are kept in balance and reached. Their number and sizes are in ``model``."""
+
+    bias_update_speed: float = 0.001
+    """gamma: step of the load-balancing bias at the first token (arXiv 2408.15664); 0 freezes it."""
+    bias_update_speed_steps: tuple[tuple[float, float], ...] = ()
+    """``[[tokens, speed], ...]``: gamma changes to ``speed`` once that many tokens were trained on."""
+    seq_aux_loss_coeff: float = 0.0
+    """alpha of the sequence-wise balance loss (arXiv 2412.19437, equations 17-20), the mean over rows."""
+    global_aux_loss_coeff: float = 0.0
+    """Weight of the same loss with loads of the whole global batch (arXiv 2501.11873), those of the previous step."""
+    z_loss_coeff: float = 0.0
+    """Weight of the router's z-loss (arXiv 2202.08906, equation 5), the mean over positions."""
+    dispatcher: Literal["alltoall", "deepep"] = "alltoall"
+    """How tokens travel to experts on other ranks: collectives of torch, or the DeepEP library (GPUs only)."""
+
+    def bias_update_speed_at(self, tokens: int) -> float:
+        """gamma after ``tokens`` trained tokens."""
+        return _value_at(self.bias_update_speed, self.bias_update_speed_steps, tokens)
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,10 @@ class MtpConfig:
     block: Literal["like_trunk", "dense"] = "like_trunk"
     """Feed-forward kind of the MTP block: that of the trunk's last layer, or always dense."""
 
+    def loss_weight_at(self, tokens: int) -> float:
+        """lambda after ``tokens`` trained tokens."""
+        return _value_at(self.loss_weight, self.loss_weight_steps, tokens)
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -106,7 +132,7 @@ class ParallelConfig:
     dp: int | None = None
     """Data-parallel replicas; null derives it from the number of ranks (1 for the local launcher)."""
     ep: int = 1
-    """Ranks that share one set of experts."""
+    """Ranks of a stage that share one set of experts, each holding an equal part. Divides ``dp`` and the experts."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +259,7 @@ class MonitorConfig:
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
@@ -273,6 +300,23 @@ class Config:
         return self.parallel.dp or 1
 
     @property
+    def experts_per_rank(self) -> int:
+        """Routed experts of a layer that one rank holds."""
+        return self.model.n_routed_experts // self.parallel.ep
+
+    @property
+    def mtp_is_moe(self) -> bool:
+        """Whether the blocks of MTP modules are mixtures of experts."""
+        return self.mtp.block == "like_trunk" and self.model.is_moe_layer(self.model.num_layers - 1)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of all layers with experts, MTP modules counted after the trunk as in their parameters' names."""
+        trunk, modules = self.model.num_layers, min(self.mtp.depth, 1) if self.mtp.share_depths else self.mtp.depth
+        mtp_layers = range(trunk, trunk + modules) if self.mtp_is_moe else ()
+        return (*filter(self.model.is_moe_layer, range(trunk)), *mtp_layers)
+
+    @property
     def world_size(self) -> int:
         return self.parallel.pp * self.dp
 
@@ -304,6 +348,15 @@ class Config:
     def num_units(self) -> int:
         """Pipeline units: embedding, two halves per layer, and final norm + head + MTP."""
         return 2 * self.model.num_layers + 2
+
+
+def _value_at(first: float, changes: tuple[tuple[float, float], ...], tokens: int) -> float:
+    """Value of a step function that starts at ``first`` and changes at rising token counts."""
+    value = first
+    for threshold, later in changes:
+        if tokens >= threshold:
+            value = later
+    return value
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:

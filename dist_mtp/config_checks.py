@@ -68,6 +68,7 @@ def check(config: Config) -> None:
     _check_positive(config)
     _check_model(config.model)
     _check_pipeline(config)
+    _check_experts(config)
     _check_training(config)
 
 
@@ -134,7 +135,10 @@ def _check_positive(config: Config) -> None:
         "optim.decay_steps": config.optim.decay_steps,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip_norm": config.optim.clip_norm,
-        "model.router_bias_update_speed": config.model.router_bias_update_speed,
+        "moe.bias_update_speed": config.moe.bias_update_speed,
+        "moe.seq_aux_loss_coeff": config.moe.seq_aux_loss_coeff,
+        "moe.global_aux_loss_coeff": config.moe.global_aux_loss_coeff,
+        "moe.z_loss_coeff": config.moe.z_loss_coeff,
         "model.initializer_range": config.model.initializer_range,
         "checkpoint.every": config.checkpoint.every,
         "eval.every": config.eval.every,
@@ -190,18 +194,14 @@ def _check_model(model: ModelConfig) -> None:
             f"model.num_experts_per_tok={model.num_experts_per_tok} must be between 1 and {reachable}, the experts in "
             f"model.topk_group={model.topk_group} groups of {experts // model.n_group}"
         )
-    if model.n_group > 1 and experts // model.n_group < 2:
+    if model.n_group > 1 and experts // model.n_group < 2 and model.group_score == "top2_sum":
         raise ConfigError(
-            f"model.n_group={model.n_group} leaves {experts // model.n_group} expert per group, but a group is scored by its two best: use at most {experts // 2} groups"
+            f"model.n_group={model.n_group} leaves {experts // model.n_group} expert per group, but model.group_score=top2_sum scores a group by its two best: use at most {experts // 2} groups, or model.group_score=max"
         )
 
 
 def _check_pipeline(config: Config) -> None:
     pp, pipeline = config.parallel.pp, config.pipeline
-    if config.parallel.ep != 1:
-        raise ConfigError(
-            f"parallel.ep={config.parallel.ep}: experts are not split over ranks yet, every rank of a stage holds all of them: set parallel.ep=1"
-        )
     allowed = V_SCHEDULES if pipeline.placement == "v" else LAST_SCHEDULES
     if pipeline.schedule not in allowed:
         raise ConfigError(
@@ -228,6 +228,40 @@ def _check_pipeline(config: Config) -> None:
             )
 
 
+def _check_experts(config: Config) -> None:
+    """``parallel.dp`` may still be open: :func:`dist_mtp.config.resolve` checks again once the ranks are counted."""
+    ep, experts, dp = config.parallel.ep, config.model.n_routed_experts, config.parallel.dp
+    if ep > 1:
+        if not config.moe_layers:
+            raise ConfigError(
+                f"parallel.ep={ep} shares experts, but model={config.model.name} has no layer with experts: set parallel.ep=1"
+            )
+        if experts % ep:
+            raise ConfigError(
+                f"parallel.ep={ep} does not divide model.n_routed_experts={experts}: use one of {_divisors(experts)}"
+            )
+        if dp is not None and dp % ep:
+            raise ConfigError(
+                f"parallel.ep={ep} does not divide parallel.dp={dp}, whose ranks share the experts of a stage: use one of "
+                f"{_divisors(math.gcd(dp, experts))}, or a multiple of {ep} as parallel.dp"
+            )
+    _check_steps("moe.bias_update_speed_steps", config.moe.bias_update_speed_steps)
+
+
+def _check_steps(key: str, steps: tuple[tuple[float, float], ...]) -> None:
+    """``[[tokens, value], ...]``, a value that changes as training goes on."""
+    thresholds = [tokens for tokens, _ in steps]
+    if thresholds != sorted(set(thresholds)):
+        raise ConfigError(f"{key} must name rising token counts, got {thresholds}")
+    for tokens, value in steps:
+        if tokens < 0 or value < 0:
+            raise ConfigError(f"{key}=[[{tokens:g},{value:g}]]: neither may be negative")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+
+
 def _check_training(config: Config) -> None:
     if config.train.seq_len > config.model.max_position_embeddings * config.model.rope_scaling.factor:
         raise ConfigError(
@@ -242,12 +276,7 @@ def _check_training(config: Config) -> None:
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be at least 300: 256 bytes, the end-of-text id and some merges"
         )
     _check_deepspeed(config.ds)
-    thresholds = [tokens for tokens, _ in config.mtp.loss_weight_steps]
-    if thresholds != sorted(set(thresholds)):
-        raise ConfigError(f"mtp.loss_weight_steps must name rising token counts, got {thresholds}")
-    for tokens, weight in config.mtp.loss_weight_steps:
-        if tokens < 0 or weight < 0:
-            raise ConfigError(f"mtp.loss_weight_steps=[[{tokens:g},{weight:g}]]: neither may be negative")
+    _check_steps("mtp.loss_weight_steps", config.mtp.loss_weight_steps)
     for step in config.debug.dump_steps:
         if not 1 <= step <= config.train.steps:
             raise ConfigError(

@@ -14,7 +14,7 @@ from dist_mtp.checkpoint.load import CheckpointReader, find_latest
 from dist_mtp.checkpoint.save import save
 from dist_mtp.config import Config, to_dict
 from dist_mtp.errors import CheckpointError
-from dist_mtp.model.naming import logical_tensors, routers
+from dist_mtp.model.naming import router_state
 from dist_mtp.parallel.collectives import all_max, broadcast_text, from_rank_0
 from dist_mtp.parallel.engine import Engine
 from dist_mtp.parallel.mesh import Mesh
@@ -129,9 +129,8 @@ def _slices(engine: Engine, mesh: Mesh, beat: Callable[[], None]) -> Iterator[Te
             for kind, data in tensors.items():
                 yield TensorSlice(kind, logical.name, logical.shape, start, data.cpu())
     if mesh.dp_rank == 0:
-        for name, router in routers(engine.model):
-            bias = router.e_score_correction_bias
-            yield TensorSlice("buffer", name, tuple(bias.shape), 0, bias.detach().cpu())
+        for name, buffer in router_state(engine.model):
+            yield TensorSlice("buffer", name, tuple(buffer.shape), 0, buffer.detach().cpu())
 
 
 @torch.no_grad()
@@ -145,11 +144,10 @@ def _load(reader: CheckpointReader, engine: Engine, beat: Callable[[], None]) ->
     for name, parameter in engine.named_parameters():
         beat()
         flat = parameter.view(-1)
-        for logical in logical_tensors(name, tuple(parameter.shape)):
+        for logical in engine.logical_tensors(name, parameter):
             logical.view(flat).copy_(reader.read_full("param", logical.name, shape=logical.shape))
-    for name, router in routers(engine.model):
-        bias = router.e_score_correction_bias
-        bias.copy_(reader.read_full("buffer", name, shape=tuple(bias.shape)))
+    for name, buffer in router_state(engine.model):
+        buffer.copy_(reader.read_full("buffer", name, shape=tuple(buffer.shape)))
     engine.set_optimizer_step(reader.step)
 
 

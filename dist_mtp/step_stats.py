@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dist_mtp.config import MoeConfig
 from dist_mtp.model.loss import HeadStats
-from dist_mtp.parallel.balance import Balance
+from dist_mtp.model.router import AUX_LOSSES
+from dist_mtp.parallel.balance import ExpertLoads
 from dist_mtp.parallel.collectives import all_max, all_sum
 from dist_mtp.parallel.mesh import Mesh
 
@@ -57,10 +59,19 @@ def reduce_heads(
     return HeadTotals(*fields), flat[4 * num_heads :]
 
 
-def reduce_health(balance: Balance, mesh: Mesh, *, has_moe: bool) -> Metrics:
-    """``memory_gib`` and, where any layer has experts, ``load_max_violation``: maxima over all ranks. Collective."""
-    memory, violation = all_max([_peak_memory_gib(mesh.device), balance.max_violation], mesh.device)
-    return {"memory_gib": memory} | ({"load_max_violation": violation} if has_moe else {})
+def load_metrics(loads: ExpertLoads, moe: MoeConfig) -> Metrics:
+    """``load_max_violation`` over all layers, ``load_violation_layer_K`` of each, and the auxiliary losses in use."""
+    violations = loads.violations()
+    result = {"load_max_violation": max(violations.values())}
+    result |= {f"load_violation_layer_{layer}": violation for layer, violation in violations.items()}
+    coefficients = zip(AUX_LOSSES, (moe.seq_aux_loss_coeff, moe.global_aux_loss_coeff, moe.z_loss_coeff), strict=True)
+    return result | {f"loss_{name}": loads.aux_losses[name] for name, coefficient in coefficients if coefficient}
+
+
+def reduce_health(waited_s: float, mesh: Mesh) -> Metrics:
+    """``memory_gib`` and, where ranks share experts, ``all_to_all_wait_s``: maxima over all ranks. Collective."""
+    memory, waited = all_max([_peak_memory_gib(mesh.device), waited_s], mesh.device)
+    return {"memory_gib": memory} | ({"all_to_all_wait_s": waited} if mesh.ep > 1 else {})
 
 
 def _peak_memory_gib(device: torch.device) -> float:

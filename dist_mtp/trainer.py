@@ -16,18 +16,19 @@ from dist_mtp.dump import StepDump
 from dist_mtp.errors import DivergedError
 from dist_mtp.learning_rate import learning_rate
 from dist_mtp.model.init import initialize
-from dist_mtp.model.targets import mtp_weight_at
+from dist_mtp.model.moe import attach_dispatcher
 from dist_mtp.model.transformer import LanguageModel
 from dist_mtp.monitor.monitor import Monitor
-from dist_mtp.parallel.balance import move_router_biases
+from dist_mtp.parallel.balance import ExpertLoads, gather_loads, move_router_biases
 from dist_mtp.parallel.collectives import all_max
+from dist_mtp.parallel.dispatch import make_dispatcher
 from dist_mtp.parallel.engine import Engine
 from dist_mtp.parallel.mesh import Mesh
 from dist_mtp.pipeline.plan import Plan
 from dist_mtp.pipeline.runtime import PipelineRuntime
 from dist_mtp.pipeline.stage import Stage
 from dist_mtp.snapshot import restore_newest, save_snapshot
-from dist_mtp.step_stats import Metrics, reduce_heads, reduce_health
+from dist_mtp.step_stats import Metrics, load_metrics, reduce_heads, reduce_health
 
 
 class Trainer:
@@ -59,8 +60,16 @@ class Trainer:
         self.batches = BatchSource(config, mesh, corpus)
         mine = plan.stages_of(mesh.pp_rank)
         with mesh.device:
-            self.model = LanguageModel(config, {unit for stage in mine for unit in stage.unit_names})
-        initialize(self.model, seed=config.train.seed, std=config.model.initializer_range)
+            units = {unit for stage in mine for unit in stage.unit_names}
+            self.model = LanguageModel(config, units, expert_rank=mesh.expert_rank)
+        initialize(
+            self.model,
+            seed=config.train.seed,
+            std=config.model.initializer_range,
+            first_expert=self.model.first_expert,
+        )
+        self.dispatcher = make_dispatcher(config, mesh)
+        attach_dispatcher(self.model, self.dispatcher)
         self.engine = Engine(config, self.model, mesh)
         self.stages = {s.index: Stage(s.index, self.model, s.unit_names, self.engine.collect_gradients) for s in mine}
         self.runtime = PipelineRuntime(
@@ -119,7 +128,7 @@ class Trainer:
         config, step = self.config, self.step
         started = time.perf_counter()
         self.beat(f"step {step}, data")
-        mtp_weight = mtp_weight_at(config.mtp, (step - 1) * config.tokens_per_step)
+        mtp_weight = config.mtp.loss_weight_at((step - 1) * config.tokens_per_step)
         batches = self.batches.step("train", step - 1, mtp_weight)
         data_wait = time.perf_counter() - started
         dump = self._start_dump()
@@ -131,11 +140,11 @@ class Trainer:
             dump.add_gradients()
         lr = learning_rate(config.optim, step, config.train.steps)
         grad_norm = self.engine.step(lr)
-        balance = move_router_biases(self.model, config.model, self.mesh)
+        loads, bias_square_sum = self._balance_experts()
+        sent_bytes, waited_s = self.dispatcher.traffic.take()
 
-        has_moe = config.model.n_routed_experts > 0
-        bias_squares = balance.bias_square_sum if self.mesh.dp_rank == 0 else 0.0
-        totals, (bias_squares,) = reduce_heads(stats, config.mtp.depth + 1, self.mesh, extra=(bias_squares,))
+        extra = (bias_square_sum if self.mesh.dp_rank == 0 else 0.0, sent_bytes)
+        totals, (bias_square_sum, all_sent_bytes) = reduce_heads(stats, config.mtp.depth + 1, self.mesh, extra)
         if dump is not None:
             dump.write(self.batches.whole("train", step - 1), totals.losses())
         loss = sum(c * s for c, s in zip(batches.coefficients, totals.loss_sums, strict=True))
@@ -152,8 +161,9 @@ class Trainer:
             "mtp_weight": mtp_weight,
             "grad_norm": grad_norm,
             "lr": lr,
-            **({"router_bias_norm": math.sqrt(bias_squares)} if has_moe else {}),
-            **reduce_health(balance, self.mesh, has_moe=has_moe),
+            **({"router_bias_norm": math.sqrt(bias_square_sum), **load_metrics(loads, config.moe)} if loads else {}),
+            **({"all_to_all_bytes": all_sent_bytes} if self.mesh.ep > 1 else {}),
+            **reduce_health(waited_s, self.mesh),
             "data_wait_s": data_wait,
             "step_time": time.perf_counter() - started,
         }
@@ -172,6 +182,16 @@ class Trainer:
             bytes_per_token = validation["text_bytes"] / validation["tokens"]
             metrics["eval_bits_per_byte"] = metrics["eval_loss_main"] / math.log(2) / bytes_per_token
         return metrics
+
+    def _balance_experts(self) -> tuple[ExpertLoads | None, float]:
+        """Count the step's loads and move the router biases; with the square sum of this rank's biases. Collective."""
+        config = self.config
+        if not config.moe_layers:
+            return None, 0.0
+        loads = gather_loads(self.model, config, self.mesh)
+        self.monitor.expert_loads(self.step, loads.layers, loads.load_LE)
+        speed = config.moe.bias_update_speed_at((self.step - 1) * config.tokens_per_step)
+        return loads, move_router_biases(self.model, loads, speed)
 
     def _agree_to_stop(self) -> None:
         """One rank's signal stops all of them at the same place. Collective."""

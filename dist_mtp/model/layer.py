@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dist_mtp.config import ModelConfig
+from dist_mtp.config import Config
 from dist_mtp.model.attention import AttentionContext, LatentAttention
 from dist_mtp.model.feed_forward import FeedForward
 from dist_mtp.model.moe import MoE
@@ -16,14 +16,15 @@ from dist_mtp.precision.linear import Linear
 class DecoderLayer(nn.Module):
     """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``; a rank may hold either half alone."""
 
-    def __init__(self, model: ModelConfig, *, is_moe: bool, attention: bool = True, feed_forward: bool = True) -> None:
+    def __init__(self, config: Config, *, is_moe: bool, attention: bool = True, feed_forward: bool = True) -> None:
         super().__init__()
+        model = config.model
         if attention:
             self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
             self.self_attn = LatentAttention(model)
         if feed_forward:
             self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
-            self.mlp = MoE(model) if is_moe else FeedForward(model.hidden_size, model.intermediate_size)
+            self.mlp = MoE(config) if is_moe else FeedForward(model.hidden_size, model.intermediate_size)
 
     def attention_half(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
         return x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
@@ -39,8 +40,9 @@ class MtpModule(DecoderLayer):
     and the next depth reads the hidden state after ``shared_head.norm``.
     """
 
-    def __init__(self, model: ModelConfig, *, is_moe: bool) -> None:
-        super().__init__(model, is_moe=is_moe)
+    def __init__(self, config: Config, *, is_moe: bool) -> None:
+        super().__init__(config, is_moe=is_moe)
+        model = config.model
         self.enorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
         self.hnorm = RMSNorm(model.hidden_size, model.rms_norm_eps)
         self.eh_proj = Linear(2 * model.hidden_size, model.hidden_size)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from dist_mtp.model.moe import Router
+from dist_mtp.model.router import Router
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,28 @@ class LogicalTensor:
         return flat[self.start : self.start + self.numel].view(self.shape)
 
 
-def logical_tensors(name: str, shape: tuple[int, ...]) -> list[LogicalTensor]:
+def logical_tensors(name: str, shape: tuple[int, ...], first_expert: int = 0) -> list[LogicalTensor]:
     """The logical tensors of a parameter, in the order of its elements.
 
     ``...experts.gate_up_proj`` [E, 2 I, D] is, expert by expert, ``experts.{e}.gate_proj.weight`` [I, D] and
     ``experts.{e}.up_proj.weight`` [I, D]; ``...experts.down_proj`` [E, D, I] is ``experts.{e}.down_proj.weight``.
+
+    Args:
+        first_expert: number of the first expert in fused weights, which hold those of one rank.
     """
     prefix, _, leaf = name.rpartition(".")
     if not prefix.endswith(".experts"):
         return [LogicalTensor(name, tuple(shape), 0)]
-    num_experts, rows, columns = shape
+    held, rows, columns = shape
     parts = ["gate_proj", "up_proj"] if leaf == "gate_up_proj" else ["down_proj"]
     part_shape = (rows // len(parts), columns)
     return [
         LogicalTensor(
-            f"{prefix}.{expert}.{part}.weight", part_shape, (expert * len(parts) + index) * math.prod(part_shape)
+            f"{prefix}.{first_expert + place}.{part}.weight",
+            part_shape,
+            (place * len(parts) + index) * math.prod(part_shape),
         )
-        for expert in range(num_experts)
+        for place in range(held)
         for index, part in enumerate(parts)
     ]
 
@@ -58,3 +63,10 @@ def routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
     for name, module in model.named_modules():
         if isinstance(module, Router):
             yield f"{name}.e_score_correction_bias", module
+
+
+def router_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What routers carry from step to step, by name: the biases, and the previous step's loads."""
+    for name, router in routers(model):
+        yield name, router.e_score_correction_bias
+        yield name.replace("e_score_correction_bias", "load_share"), router.load_share

@@ -52,12 +52,3 @@ def loss_coefficients(counts: list[int], mtp: MtpConfig, mtp_weight: float, posi
         divisor = positions if mtp.normalize == "paper" else max(count, 1)
         coefficients.append(mtp_weight / len(depths) / divisor)
     return coefficients
-
-
-def mtp_weight_at(mtp: MtpConfig, tokens: int) -> float:
-    """lambda after ``tokens`` trained tokens."""
-    weight = mtp.loss_weight
-    for threshold, later in mtp.loss_weight_steps:
-        if tokens >= threshold:
-            weight = later
-    return weight

@@ -54,11 +54,13 @@ class LanguageModel(nn.Module):
     Args:
         config: resolved configuration.
         units: names of the units to build; every unit for a whole model.
+        expert_rank: which of the ``parallel.ep`` equal parts of every layer's experts to build.
     """
 
-    def __init__(self, config: Config, units: Collection[str]) -> None:
+    def __init__(self, config: Config, units: Collection[str], *, expert_rank: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.first_expert = expert_rank * config.experts_per_rank
         model = config.model
         self.model = Backbone()
         self.num_depths = config.mtp.depth
@@ -70,14 +72,13 @@ class LanguageModel(nn.Module):
         for layer in range(model.num_layers):
             halves = {half: f"layers.{layer}.{half}" in units for half in ("attention", "feed_forward")}
             if any(halves.values()):
-                self.model.layers[str(layer)] = DecoderLayer(model, is_moe=model.is_moe_layer(layer), **halves)
+                self.model.layers[str(layer)] = DecoderLayer(config, is_moe=model.is_moe_layer(layer), **halves)
         if holds_head:
             self.model.norm = RMSNorm(model.hidden_size, model.rms_norm_eps)
             if not model.tie_word_embeddings:
                 self.lm_head = Linear(model.hidden_size, config.vocab_size)
-            is_moe = config.mtp.block == "like_trunk" and model.is_moe_layer(model.num_layers - 1)
             for index in range(min(self.num_depths, 1) if config.mtp.share_depths else self.num_depths):
-                self.model.layers[str(model.num_layers + index)] = MtpModule(model, is_moe=is_moe)
+                self.model.layers[str(model.num_layers + index)] = MtpModule(config, is_moe=config.mtp_is_moe)
         self.holds_replica = holds_head and EMBED not in units and hasattr(self.model, "embed_tokens")
 
     @property

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from dist_mtp.config import Config, to_dict
 from dist_mtp.monitor.console import Console
@@ -30,6 +31,9 @@ class Monitor:
 
     def log(self, metrics: Metrics) -> None:
         """One trained step."""
+
+    def expert_loads(self, step: int, layers: Sequence[int], load_LE: Tensor) -> None:
+        """Tokens per expert [layers, E] over the global batch, before :meth:`log` of the same step."""
 
     def checkpoint_written(self, path: Path) -> None: ...
 

@@ -8,7 +8,8 @@ called. Private names of DeepSpeed 0.19.8 used here: ``engine.pipeline_paralleli
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,32 +19,36 @@ from torch import Tensor, nn
 
 from dist_mtp.config import Config
 from dist_mtp.errors import DivergedError
+from dist_mtp.model.moe import Experts
 from dist_mtp.model.naming import LogicalTensor, logical_tensors
 from dist_mtp.model.transformer import LanguageModel
-from dist_mtp.parallel.collectives import all_max
-from dist_mtp.parallel.mesh import Mesh
+from dist_mtp.parallel.collectives import all_max, check_same_hash
+from dist_mtp.parallel.mesh import Mesh, expert_group_name
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
-_ANCHOR = "anchor"
+_VECTOR_ANCHOR, _EXPERT_ANCHOR = "anchor", "expert_anchor"
+_ANCHORS = (_VECTOR_ANCHOR, f"{_EXPERT_ANCHOR}.weight")
+"""Names of inert parameters that only keep groups of parameters equal on all ranks."""
 
 
 @dataclass(frozen=True)
 class Fragment:
     """The part of a parameter's fp32 master and Adam moments that this rank owns under ZeRO-1.
 
-    ``start``: first element in the flattened parameter. ``tensors``: 1-D tensors of equal length by kind (``param``,
-    ``exp_avg``, ``exp_avg_sq``); they are the optimizer's own storage, so writing into them changes its state.
+    ``logical``: the logical tensors of the whole parameter. ``start``: first element in the flattened parameter.
+    ``tensors``: 1-D tensors of equal length by kind (``param``, ``exp_avg``, ``exp_avg_sq``); they are the optimizer's own
+    storage, so writing into them changes its state.
     """
 
     parameter: str
-    shape: tuple[int, ...]
+    logical: Sequence[LogicalTensor]
     start: int
     tensors: Mapping[str, Tensor]
 
     def pieces(self) -> Iterator[tuple[LogicalTensor, int, dict[str, Tensor]]]:
         """Split along logical tensors: each with the first element inside it and the matching slices of ``tensors``."""
         length = next(iter(self.tensors.values())).numel()
-        for logical in logical_tensors(self.parameter, self.shape):
+        for logical in self.logical:
             low, high = max(self.start, logical.start), min(self.start + length, logical.start + logical.numel)
             if low < high:
                 span = slice(low - self.start, high - self.start)
@@ -65,9 +70,10 @@ class Engine:
             # Summed with the first rank's by reduce(); the global norm must count it once.
             replica: Any = model.model.embed_tokens.weight
             replica.ds_pipe_replicated = True
-        _anchor_missing_group(model)
+        groups = _parameter_groups(model, mesh, config.optim.weight_decay)
+        _check_equal_groups(groups, mesh)
         optimizer = torch.optim.AdamW(
-            _parameter_groups(model, config.optim.weight_decay),
+            groups,
             lr=config.optim.lr,
             betas=(config.optim.beta1, config.optim.beta2),
             eps=config.optim.eps,
@@ -85,11 +91,15 @@ class Engine:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of the model proper, replicas included."""
         for name, parameter in self.model.named_parameters():
-            if name != _ANCHOR:
+            if name not in _ANCHORS:
                 yield name, parameter
 
+    def logical_tensors(self, name: str, parameter: nn.Parameter) -> list[LogicalTensor]:
+        """Logical tensors of one of this rank's parameters."""
+        return logical_tensors(name, tuple(parameter.shape), self.model.first_expert)
+
     def owned_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters whose one logical copy in this data replica is this rank's."""
+        """Parameters without the embedding's replica: over the pipeline, each logical tensor once."""
         for name, parameter in self.named_parameters():
             if not getattr(parameter, "ds_pipe_replicated", False):
                 yield name, parameter
@@ -125,10 +135,13 @@ class Engine:
             )
 
     def reduce(self) -> None:
-        """Sum the gradients of the embedding's two copies, then average all gradients over the data replicas."""
-        anchor = getattr(self.model, _ANCHOR, None)
-        if anchor is not None:
-            anchor.grad = torch.zeros_like(anchor)
+        """Sum the gradients of the embedding's two copies, then average all gradients over the data replicas.
+
+        An expert's gradient is summed over the ranks that hold it, but divided by all replicas, whose tokens it has seen.
+        """
+        for name, parameter in self.model.named_parameters():
+            if name in _ANCHORS:
+                parameter.grad = torch.zeros_like(parameter)
         self.collect_gradients()
         if self.mesh.ends_group is not None and self._embedding_has_two_copies:
             weight = self.model.model.embed_tokens.weight
@@ -185,9 +198,8 @@ class Engine:
             return None
         tensors = {"param": mapping.get_hp_fragment()}
         tensors.update((kind, mapping.get_hp_fragment(kind)) for kind in OPTIMIZER_STATES)
-        return Fragment(
-            name, tuple(parameter.shape), mapping.lp_fragment_address.start, {k: t.detach() for k, t in tensors.items()}
-        )
+        detached = {kind: tensor.detach() for kind, tensor in tensors.items()}
+        return Fragment(name, self.logical_tensors(name, parameter), mapping.lp_fragment_address.start, detached)
 
     def _create_optimizer_state(self) -> None:
         """Create zero moments and link them to the parameters they belong to.
@@ -218,21 +230,44 @@ class Engine:
                 self._mixed_precision.append(parameter)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed, norm weights are not. All ranks have both groups, in this order: DeepSpeed reduces the
-    gradient norm group by group over the pipeline, and a rank with a group less would never join."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
+def _parameter_groups(model: LanguageModel, mesh: Mesh, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices are decayed, norm weights are not; experts that ranks share are a group of their own.
+
+    All ranks have the same groups in the same order: DeepSpeed reduces the gradient norm group by group over the pipeline,
+    and a rank with a group less would never join. Anchors stand in where a rank's stages hold nothing of a kind.
+    """
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    return [
+    if not vectors:  # the embedding alone
+        vectors = [nn.Parameter(torch.zeros(1, device=mesh.device))]
+        model.register_parameter(_VECTOR_ANCHOR, vectors[0])
+    experts = (
+        []
+        if mesh.ep == 1
+        else [w for layer in model.modules() if isinstance(layer, Experts) for w in layer.parameters()]
+    )
+    apart = {id(p) for p in experts}
+    matrices = [p for p in model.parameters() if p.dim() > 1 and id(p) not in apart]
+    groups = [
         {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
         {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
     ]
+    if mesh.ep > 1:
+        from dist_mtp.parallel.expert_anchor import ExpertAnchor, mark_expert
+
+        for weight in experts:
+            mark_expert(weight, mesh.ep)
+        anchor = ExpertAnchor(mesh.ep, mesh.device)
+        model.add_module(_EXPERT_ANCHOR, anchor)
+        # DeepSpeed finds the process groups of an expert group by its name.
+        name = expert_group_name(mesh.ep)
+        groups.append({"params": [*experts, anchor.weight], "weight_decay": weight_decay, "name": name, "moe": True})
+    return groups
 
 
-def _anchor_missing_group(model: nn.Module) -> None:
-    """Give a rank that holds only the embedding one inert norm weight, so that both parameter groups exist there."""
-    if all(p.dim() > 1 for p in model.parameters()):
-        model.register_parameter(_ANCHOR, nn.Parameter(torch.zeros(1, device=next(model.parameters()).device)))
+def _check_equal_groups(groups: Sequence[Mapping[str, Any]], mesh: Mesh) -> None:
+    """Fail at the start where DeepSpeed would hang in the first step. Collective."""
+    names = "\n".join(f"{group['name']}: {'empty' if not group['params'] else 'present'}" for group in groups)
+    check_same_hash(hashlib.sha256(names.encode()).hexdigest(), mesh.device, "set of optimizer groups")
 
 
 def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:

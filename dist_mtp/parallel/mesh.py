@@ -25,6 +25,7 @@ class Mesh:
 
     pp: int
     dp: int
+    ep: int
     pp_rank: int
     dp_rank: int
     device: torch.device
@@ -34,12 +35,19 @@ class Mesh:
     """Ranks that hold the same stages."""
     ends_group: dist.ProcessGroup | None
     """First and last pipeline rank of this data replica, on those two ranks; None elsewhere and when pp is 1."""
+    expert_group: dist.ProcessGroup | None
+    """The ``ep`` consecutive ranks of ``data_group`` that share one set of experts; None when ep is 1."""
     grid: Any
     """DeepSpeed's view of the same mesh (``mpu``)."""
 
     @property
     def rank(self) -> int:
         return self.pp_rank * self.dp + self.dp_rank
+
+    @property
+    def expert_rank(self) -> int:
+        """Which part of every layer's experts this rank holds."""
+        return self.dp_rank % self.ep
 
     @property
     def world_size(self) -> int:
@@ -142,11 +150,31 @@ def make_mesh(config: Config, device: torch.device) -> Mesh:
     return Mesh(
         pp=pp,
         dp=dp,
+        ep=config.parallel.ep,
         pp_rank=pp_rank,
         dp_rank=dp_rank,
         device=device,
         pipe_group=grid.get_pipe_parallel_group(),
         data_group=grid.get_data_parallel_group(),
         ends_group=ends_group,
+        expert_group=_expert_group(pp, config.parallel.ep) if config.parallel.ep > 1 else None,
         grid=grid,
     )
+
+
+def _expert_group(pp: int, ep: int) -> dist.ProcessGroup:
+    """This rank's expert-parallel group; DeepSpeed keeps it, and the groups in which expert gradients are reduced."""
+    from deepspeed.utils import groups
+
+    name = expert_group_name(ep)
+    # Kept by name: a mesh with another pp in the same process would get the groups of the first one.
+    for kept in ("EXPERT_PARALLEL", "EXPERT_DATA_PARALLEL"):
+        getattr(groups, f"_{kept}_GROUP").pop(name, None)
+        getattr(groups, f"_{kept}_GROUP_RANKS").pop(name, None)
+    groups._create_expert_and_data_parallel(ep, pp_size=pp)
+    return groups._get_expert_parallel_group(name)
+
+
+def expert_group_name(ep: int) -> str:
+    """What DeepSpeed calls the groups of ``ep`` ranks that share experts."""
+    return f"ep_size_{ep}"

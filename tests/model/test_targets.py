@@ -7,7 +7,7 @@ import torch
 
 from dist_mtp.config import MtpConfig
 from dist_mtp.model.loss import IGNORE
-from dist_mtp.model.targets import count_targets, loss_coefficients, mtp_weight_at, shifted_targets
+from dist_mtp.model.targets import count_targets, loss_coefficients, shifted_targets
 
 X = IGNORE
 
@@ -85,8 +85,8 @@ class TestSchedule:
     )
     def test_steps(self, tokens: int, expected: float) -> None:
         mtp = MtpConfig(loss_weight=0.3, loss_weight_steps=((1000, 0.1), (2000, 0.0)))
-        found = mtp_weight_at(mtp, tokens)
+        found = mtp.loss_weight_at(tokens)
         assert found == expected, f"lambda after {tokens} tokens: {found} != {expected}"
 
     def test_constant(self) -> None:
-        assert mtp_weight_at(MtpConfig(loss_weight=0.25), 10**15) == 0.25
+        assert MtpConfig(loss_weight=0.25).loss_weight_at(10**15) == 0.25

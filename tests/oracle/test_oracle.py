@@ -19,7 +19,7 @@ TIMEOUT_S = 300
 
 OVERRIDES = (
     "model.num_layers=2",
-    "model.router_bias_update_speed=0.02",  # large enough to change choices by step 3
+    "moe.bias_update_speed=0.02",  # large enough to change choices by step 3
     "mtp.depth=2",
     "parallel.pp=2",
     "pipeline.placement=v",

@@ -32,9 +32,10 @@ class Layout:
     schedule: str
     pp: int
     dp: int = 1
+    ep: int = 1
 
     def __str__(self) -> str:
-        return f"{self.placement}-{self.schedule}-pp{self.pp}-dp{self.dp}"
+        return f"{self.placement}-{self.schedule}-pp{self.pp}-dp{self.dp}-ep{self.ep}"
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ def make_config(folder: Path, layout: Layout, variant: Variant) -> Config:
             "initializer_range": 0.1,
             "tie_word_embeddings": variant.tied,
         },
+        "moe": {},
         "mtp": {"depth": variant.depth},
-        "parallel": {"pp": layout.pp, "dp": layout.dp},
+        "parallel": {"pp": layout.pp, "dp": layout.dp, "ep": layout.ep},
         "pipeline": {"placement": layout.placement, "schedule": layout.schedule},
         "train": {
             "steps": STEPS,
