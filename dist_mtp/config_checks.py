@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dist_mtp.errors import ConfigError
@@ -238,14 +239,33 @@ def _check_experts(config: Config) -> None:
             )
         if experts % ep:
             raise ConfigError(
-                f"parallel.ep={ep} does not divide model.n_routed_experts={experts}: use one of {_divisors(experts)}"
+                f"parallel.ep={ep} does not divide model.n_routed_experts={experts}: set parallel.ep to one of "
+                f"{_divisors(experts)}"
             )
         if dp is not None and dp % ep:
             raise ConfigError(
-                f"parallel.ep={ep} does not divide parallel.dp={dp}, whose ranks share the experts of a stage: use one of "
-                f"{_divisors(math.gcd(dp, experts))}, or a multiple of {ep} as parallel.dp"
+                f"parallel.ep={ep} does not divide parallel.dp={dp}, the ranks among which a stage shares experts: set "
+                f"parallel.dp to a multiple of {ep}, or parallel.ep to one of {_divisors(math.gcd(dp, experts))}"
             )
+    if config.moe.dispatcher == "deepep" and (config.precision.name == "fp32" or config.device == "cpu"):
+        raise ConfigError(
+            f"moe.dispatcher=deepep moves bf16 tokens between GPUs, but precision={config.precision.name} and "
+            f"device={config.device}: set precision=bf16 and device=cuda, or moe.dispatcher=alltoall"
+        )
     _check_steps("moe.bias_update_speed_steps", config.moe.bias_update_speed_steps)
+
+
+def check_installed(config: Config) -> None:
+    """Refuse an optional library that is not installed on this machine; a plan does without.
+
+    Raises:
+        ConfigError: names the package and the alternative.
+    """
+    if config.moe.dispatcher == "deepep" and find_spec("deep_ep") is None:
+        raise ConfigError(
+            "moe.dispatcher=deepep needs the package deep_ep (https://github.com/deepseek-ai/DeepEP), which is not "
+            "installed: install it on every node, or use moe.dispatcher=alltoall"
+        )
 
 
 def _check_steps(key: str, steps: tuple[tuple[float, float], ...]) -> None:

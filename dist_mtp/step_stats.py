@@ -60,9 +60,12 @@ def reduce_heads(
 
 
 def load_metrics(loads: ExpertLoads, moe: MoeConfig) -> Metrics:
-    """``load_max_violation`` over all layers, ``load_violation_layer_K`` of each, and the auxiliary losses in use."""
+    """``load_max_violation`` over all layers, ``load_violation_layer_K`` of each, and the auxiliary losses in use.
+
+    ``dropped_share`` is 0 of all routed tokens: :func:`~dist_mtp.parallel.balance.gather_loads` raises otherwise.
+    """
     violations = loads.violations()
-    result = {"load_max_violation": max(violations.values())}
+    result = {"load_max_violation": max(violations.values()), "dropped_share": 0.0}
     result |= {f"load_violation_layer_{layer}": violation for layer, violation in violations.items()}
     coefficients = zip(AUX_LOSSES, (moe.seq_aux_loss_coeff, moe.global_aux_loss_coeff, moe.z_loss_coeff), strict=True)
     return result | {f"loss_{name}": loads.aux_losses[name] for name, coefficient in coefficients if coefficient}

@@ -27,6 +27,7 @@ from typing import Any, TextIO
 import yaml
 
 from dist_mtp.config import Config, config_hash, from_mapping, resolve
+from dist_mtp.config_checks import check_installed
 from dist_mtp.errors import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -107,6 +108,7 @@ def run_rank(config: Config, *, prepared: Path | None) -> int:
 
     if prepared is not None:
         _end_with_parent()
+    check_installed(config)
     # The watchdog speaks first.
     device = init_process_group(timeout_s=2 * config.train.hang_timeout_s, device=config.device)
     config = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer), world_size=dist.get_world_size())

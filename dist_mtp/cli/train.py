@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_mtp.cli.compose import compose
 from dist_mtp.config import Config, resolve
-from dist_mtp.config_checks import use_cuda_for
+from dist_mtp.config_checks import check_installed, use_cuda_for
 from dist_mtp.data.corpus import prepare
 from dist_mtp.data.sources import check_source
 from dist_mtp.data.tokenizers import check_tokenizer, tokenizer_vocab_size
@@ -35,6 +35,7 @@ def train(config: Config) -> int:
     """
     check_source(config.data)
     check_tokenizer(config.tokenizer)
+    check_installed(config)
     config = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer))
     make_plan(config)  # each rank makes its own; here it refuses a layout that does not fit before anything is started
     _check_resume(config)

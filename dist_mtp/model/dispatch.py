@@ -64,10 +64,12 @@ class Slots:
 class _LocalDispatch:
     def __init__(self, x_TD: Tensor, routing: Routing) -> None:
         self._slots = Slots(routing)
-        self._x_TD, self._counts_E = x_TD, routing.counts_E
+        # Here and not in receive(): where rows travel they leave here, and gradients are summed in the same order.
+        self._rows = self._slots.rows(x_TD)
+        self._ends_E = routing.counts_E.cumsum(0).to(torch.int32)
 
     def receive(self) -> tuple[Tensor, Tensor]:
-        return self._slots.rows(self._x_TD), self._counts_E.cumsum(0).to(torch.int32)
+        return self._rows, self._ends_E
 
     def combine(self, rows_ND: Tensor) -> Tensor:
         return self._slots.weighted_sum(rows_ND)

@@ -14,7 +14,7 @@ from dist_mtp.monitor import strict_json
 from dist_mtp.monitor.atomic import replace_text
 
 TIMING_KEYS: frozenset[str] = frozenset(
-    {"step_time", "tokens_per_s", "tflops_per_device", "mfu", "data_wait_s", "memory_gib"}
+    {"step_time", "tokens_per_s", "tflops_per_device", "mfu", "data_wait_s", "all_to_all_wait_s", "memory_gib"}
 )
 """Keys that depend on the machine's mood; all others are equal, bit for bit, in two runs of one configuration."""
 

@@ -61,6 +61,7 @@ class RunMonitor(Monitor):
         self._metrics_file: MetricsFile | None = None
         self._tensorboard: TensorBoard | None = None
         self._last_checkpoint: Path | None = None
+        self._last_loads: dict[int, Tensor] = {}
 
     def start(self, resume_step: int) -> None:
         config = self._config
@@ -70,6 +71,8 @@ class RunMonitor(Monitor):
             self._tensorboard = TensorBoard(
                 self.run_dir / "tensorboard",
                 num_depths=config.mtp.depth,
+                has_experts=bool(config.moe_layers),
+                ep=config.parallel.ep,
                 config_text=yaml.safe_dump(to_dict(config), sort_keys=False),
                 plan_text=plan_text,
                 hparams=_flat(to_dict(config)),
@@ -94,6 +97,11 @@ class RunMonitor(Monitor):
         if "eval_loss_main" in metrics:
             self.console.eval_line(metrics, total)
 
+    def expert_loads(self, step: int, layers: Sequence[int], load_LE: Tensor) -> None:
+        self._last_loads = dict(zip(layers, load_LE, strict=True))  # views: the host copy is made once, by finish()
+        if self._tensorboard is not None:
+            self._tensorboard.write_expert_loads(step, layers, load_LE)
+
     def checkpoint_written(self, path: Path) -> None:
         self._last_checkpoint = path
         self.console.notice(f"checkpoint {path}")
@@ -114,6 +122,7 @@ class RunMonitor(Monitor):
                 self.run_dir,
                 median_tokens_per_s=median_tokens_per_s(rows),
                 last_checkpoint=self._last_checkpoint,
+                expert_loads={layer: load_E.tolist() for layer, load_E in self._last_loads.items()},
             )
         )
 
@@ -132,11 +141,12 @@ def _describe(config: Config, plan: Plan, corpus_info: Mapping[str, Any]) -> lis
         f"  stage {s.index} on rank {s.rank}: {s.unit_names[0]} .. {s.unit_names[-1]} ({len(s.units)} units)"
         for s in plan.stages
     ]
+    sharing = f", experts shared by {config.parallel.ep}" if config.parallel.ep > 1 else ""
     return [
         f"run {config.run_name}: model {config.model.name}, MTP depth {config.mtp.depth}, precision {config.precision.name}",
         f"data {config.data.name} from {corpus_info['source']}: {splits['train']['tokens']:,} training and "
         f"{splits['validation']['tokens']:,} validation tokens, unigram entropy {corpus_info['unigram_entropy_nats']:.3f} nats",
-        f"{plan.pp} pipeline x {plan.dp} data ranks, placement {plan.placement}, schedule {plan.schedule}, "
+        f"{plan.pp} pipeline x {plan.dp} data ranks{sharing}, placement {plan.placement}, schedule {plan.schedule}, "
         f"{plan.micro_batches} microbatches of {config.train.micro_batch_size} x {config.train.seq_len} tokens, "
         f"predicted bubble {plan.timeline.bubble:.1%}",
         *stages,

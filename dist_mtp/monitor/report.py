@@ -20,6 +20,7 @@ def final_report(
     *,
     median_tokens_per_s: float,
     last_checkpoint: str | Path | None,
+    expert_loads: Mapping[int, Sequence[float]],
 ) -> list[str]:
     """Lines for people.
 
@@ -31,6 +32,7 @@ def final_report(
             ``validation_unigram_cross_entropy_nats``, the nats/token that a model of mere token frequencies reaches.
             Without them no comparison is printed.
         median_tokens_per_s: see :func:`median_tokens_per_s`.
+        expert_loads: tokens of each expert in the last step, by layer; empty for a model without experts.
     """
     return [
         f"trained {last['step']:,} steps, {last['tokens']:,} tokens, "
@@ -39,6 +41,7 @@ def final_report(
         *_loss_table(first, last, eval_metrics, corpus_info),
         "",
         *_agreement(last, eval_metrics),
+        *_experts(last, expert_loads),
         *_places(Path(run_dir), last_checkpoint),
     ]
 
@@ -105,6 +108,24 @@ def _agreement(last: Mapping[str, float], eval_metrics: Mapping[str, float]) -> 
         f"mtp {k} agrees with the main head's argmax at {rate:.1%} of positions" for k, rate in enumerate(rates, 1)
     ]
     return [*lines, f"expected tokens per decoding step: {expected_tokens_per_step(rates):.2f}", ""]
+
+
+def _experts(last: Mapping[str, float], expert_loads: Mapping[int, Sequence[float]]) -> list[str]:
+    if not expert_loads:
+        return []
+    share = {
+        (layer, expert): load / statistics.fmean(loads)
+        for layer, loads in expert_loads.items()
+        for expert, load in enumerate(loads)
+    }
+    most, least = max(share, key=share.__getitem__), min(share, key=share.__getitem__)
+    layers = "1 layer" if len(expert_loads) == 1 else f"{len(expert_loads)} layers"
+    return [
+        f"experts          max violation {share[most] - 1:.2f} over {layers} "
+        f"(layer {most[0]}, expert {most[1]}), least load {share[least]:.2f} of the mean "
+        f"(layer {least[0]}, expert {least[1]}), router bias norm {last['router_bias_norm']:.3g}",
+        "",
+    ]
 
 
 def _places(run_dir: Path, last_checkpoint: str | Path | None) -> list[str]:

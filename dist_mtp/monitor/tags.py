@@ -20,7 +20,11 @@ TAGS: dict[str, str] = {
     "step_time": "perf/step_time_s",
     "tflops_per_device": "perf/tflops_per_device",
     "load_max_violation": "moe/load_max_violation",
+    "load_violation_layer_{k}": "moe/load_violation/layer_{k:02d}",
     "router_bias_norm": "moe/bias_norm",
+    "loss_seq_aux": "moe/loss_seq_aux",
+    "loss_global_aux": "moe/loss_global_aux",
+    "loss_z": "moe/loss_z",
     "memory_gib": "memory/peak_gib",
     "eval_loss_main": "eval/loss_main",
     "eval_loss_mtp_{k}": "eval/loss_mtp_{k}",
@@ -28,33 +32,53 @@ TAGS: dict[str, str] = {
     "eval_bits_per_byte": "eval/bits_per_byte",
     "tokens": "progress/tokens",
 }
-"""Metric -> tag of the same value, for every depth ``{k}``; metrics that are not listed are not drawn."""
+"""Metric -> tag of the same value, for every depth or layer ``{k}``; metrics that are listed nowhere are not drawn."""
+
+SCALED_TAGS: dict[str, tuple[str, float]] = {
+    "mfu": ("perf/mfu_pct", 100),
+    "dropped_share": ("moe/dropped_pct", 100),
+    "all_to_all_bytes": ("moe/all_to_all_mib", 2**-20),
+}
+"""Metric -> tag and the factor from the metric's unit to the tag's."""
+
+STEP_SHARE_TAGS: dict[str, str] = {
+    "data_wait_s": "perf/data_wait_pct",
+    "all_to_all_wait_s": "moe/all_to_all_wait_pct",
+}
+"""Metric in seconds -> tag of its share of the step's time in percent."""
+
+LOAD_SHARE_TAG = "moe/load_share/layer_{k:02d}"
+"""Histogram of one layer: each expert's tokens over the mean of the layer's experts."""
 
 
 def scalars(row: Mapping[str, float]) -> dict[str, float]:
     """Tag -> value of everything in one step's metrics that TensorBoard shows.
 
-    >>> scalars({"loss_mtp_2": 3.5, "mfu": 0.25})
-    {'loss/mtp_2': 3.5, 'perf/mfu_pct': 25.0}
+    >>> scalars({"loss_mtp_2": 3.5, "load_violation_layer_3": 0.5, "mfu": 0.25})
+    {'loss/mtp_2': 3.5, 'moe/load_violation/layer_03': 0.5, 'perf/mfu_pct': 25.0}
     """
     values: dict[str, float] = {}
     for key, value in row.items():
-        # The depth is the number at the end of a key: loss_mtp_2 -> loss_mtp_{k}, k = 2.
-        depth = re.search(r"(?<=_mtp_)\d+$", key)
-        pattern = key if depth is None else key.removesuffix(depth[0]) + "{k}"
+        # The depth or layer is the number at the end of a key: loss_mtp_2 -> loss_mtp_{k}, k = 2.
+        numbered = re.fullmatch(r"(.*_(?:mtp|layer)_)(\d+)", key)
+        pattern, k = (key, 0) if numbered is None else (f"{numbered[1]}{{k}}", int(numbered[2]))
         if pattern in TAGS:
-            values[TAGS[pattern].replace("{k}", depth[0] if depth else "")] = value
-    if "mfu" in row:
-        values["perf/mfu_pct"] = 100 * row["mfu"]
-    if "data_wait_s" in row and row.get("step_time"):
-        values["perf/data_wait_pct"] = 100 * row["data_wait_s"] / row["step_time"]
+            values[TAGS[pattern].format(k=k)] = value
+        elif key in SCALED_TAGS:
+            tag, factor = SCALED_TAGS[key]
+            values[tag] = factor * value
+        elif key in STEP_SHARE_TAGS and row.get("step_time"):
+            values[STEP_SHARE_TAGS[key]] = 100 * value / row["step_time"]
     if accept_rates := by_depth(row, "accept_mtp_"):
         values["mtp/expected_tokens_per_step"] = expected_tokens_per_step(accept_rates)
     return values
 
 
-def chart_layout(num_depths: int) -> dict[str, dict[str, list[object]]]:
-    """Layout of the Custom Scalars tab: category -> chart title -> ``["Multiline", tags]``."""
+def chart_layout(num_depths: int, *, has_experts: bool, ep: int) -> dict[str, dict[str, list[object]]]:
+    """Layout of the Custom Scalars tab: category -> chart title -> ``["Multiline", tags]``.
+
+    A chart draws every tag that one of its ``tags`` matches as a regular expression, from the tag's start.
+    """
 
     def multiline(*tags: str) -> list[object]:
         return ["Multiline", list(tags)]
@@ -69,11 +93,19 @@ def chart_layout(num_depths: int) -> dict[str, dict[str, list[object]]]:
             "tokens/s": multiline("perf/tokens_per_s"),
             "share of time and of peak, %": multiline("perf/mfu_pct", "perf/data_wait_pct"),
         },
-        "MoE": {
-            "load max violation": multiline("moe/load_max_violation"),
-            "router bias norm": multiline("moe/bias_norm"),
-        },
     }
+    if has_experts:
+        layout["MoE"] = {
+            "largest load over the mean load, minus 1": multiline(
+                "moe/load_max_violation", r"moe/load_violation/layer_\d+"
+            ),
+            "router bias norm": multiline("moe/bias_norm"),
+            "auxiliary losses, unweighted": multiline("moe/loss_.*"),
+            "dropped tokens, %": multiline("moe/dropped_pct"),
+        }
+        if ep > 1:
+            layout["MoE"]["all-to-all, MiB per step"] = multiline("moe/all_to_all_mib")
+            layout["MoE"]["wait for all-to-all, % of the step"] = multiline("moe/all_to_all_wait_pct")
     if num_depths:
         layout["MTP"] = {
             "agreement with the main head": multiline(*(f"mtp/accept_rate_{k}" for k in depths)),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.image import imread
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
-from dist_mtp.monitor.tags import chart_layout, scalars
+from dist_mtp.monitor.tags import LOAD_SHARE_TAG, chart_layout, scalars
 
 FLUSH_SECONDS = 10
 """TensorBoard's default of 120 s hides a short run until it is over."""
+HISTOGRAM_EVERY = 10
+"""Steps between histograms: one for each layer at each step would outweigh all else in the event file."""
+HISTOGRAM_BINS = 30
+"""As many as TensorBoard shows. Its usual bins grow by 10 % each, too coarse for loads near the mean."""
 
 
 class TensorBoard:
@@ -21,6 +26,8 @@ class TensorBoard:
 
     Args:
         num_depths: D, MTP depths that share a chart.
+        has_experts: whether the model has MoE layers; they get charts then.
+        ep: ranks that share one set of experts; from 2 on there are charts of their all-to-all.
         config_text: resolved configuration, shown as preformatted text.
         plan_text: pipeline plan, likewise.
         hparams: flat settings for the HParams tab; None is left out, what is no number, string or bool becomes a string.
@@ -33,6 +40,8 @@ class TensorBoard:
         folder: str | Path,
         *,
         num_depths: int,
+        has_experts: bool,
+        ep: int,
         config_text: str,
         plan_text: str,
         hparams: Mapping[str, Any],
@@ -46,7 +55,7 @@ class TensorBoard:
         start = 0 if purge_step is None else purge_step - 1
 
         def describe_run(writer: SummaryWriter) -> None:
-            writer.add_custom_scalars(chart_layout(num_depths))
+            writer.add_custom_scalars(chart_layout(num_depths, has_experts=has_experts, ep=ep))
             writer.add_text("config", _preformatted(config_text), start)
             writer.add_text("plan", _preformatted(plan_text), start)
             _write_hparams(writer, hparams, num_depths)
@@ -67,6 +76,23 @@ class TensorBoard:
                 writer.add_scalar(tag, value, int(row["step"]))
 
         self._attempt(add_scalars)
+
+    def write_expert_loads(self, step: int, layers: Sequence[int], load_LE: Tensor) -> None:
+        """Draw each layer's spread of loads at step 1 and every :data:`HISTOGRAM_EVERY` steps; others copy nothing.
+
+        Args:
+            layers: indices of the MoE layers, [L].
+            load_LE: tokens of each expert, [L, E], on any device.
+        """
+        if self._writer is None or (step != 1 and step % HISTOGRAM_EVERY != 0):
+            return
+        share_LE = (load_LE / load_LE.mean(dim=1, keepdim=True)).cpu()
+
+        def add_histograms(writer: SummaryWriter) -> None:
+            for layer, share_E in zip(layers, share_LE, strict=True):
+                writer.add_histogram(LOAD_SHARE_TAG.format(k=layer), share_E, step, bins=HISTOGRAM_BINS)
+
+        self._attempt(add_histograms)
 
     def add_image(self, tag: str, png_path: str | Path) -> None:
         """Show a PNG file; a missing or damaged one is reported and left out."""

@@ -50,9 +50,23 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"model.num_experts_per_tok": 5}, ["model.num_experts_per_tok=5", "between 1 and 4", "model.topk_group=1"]),
     (
         {"model.n_routed_experts": 2, "model.num_experts_per_tok": 1},
-        ["model.n_group=2", "1 expert per group", "at most 1 groups"],
+        ["model.n_group=2", "1 expert per group", "at most 1 groups", "model.group_score=max"],
     ),
-    ({"parallel.ep": 2}, ["parallel.ep=2", "set parallel.ep=1"]),
+    ({"parallel.ep": 3, "parallel.dp": 3}, ["parallel.ep=3", "model.n_routed_experts=8", "one of 1, 2, 4, 8"]),
+    (
+        {"parallel.ep": 4, "parallel.dp": 6},
+        ["parallel.ep=4", "parallel.dp=6", "a multiple of 4", "one of 1, 2"],
+    ),
+    ({"parallel.ep": 2, "model.n_routed_experts": 0}, ["parallel.ep=2", "no layer with experts", "parallel.ep=1"]),
+    (
+        {"parallel.ep": 2, "model.first_k_dense_replace": 4, "mtp.depth": 0},
+        ["parallel.ep=2", "no layer with experts"],
+    ),
+    ({"moe.dispatcher": "deepep"}, ["moe.dispatcher=deepep", "precision=fp32", "precision=bf16", "alltoall"]),
+    ({"moe.dispatcher": "deepep", "precision.name": "bf16", "device": "cpu"}, ["device=cpu", "device=cuda"]),
+    ({"moe.bias_update_speed_steps": [[100, 0.1], [50, 0]]}, ["moe.bias_update_speed_steps", "[100.0, 50.0]"]),
+    ({"moe.bias_update_speed_steps": [[100, -0.1]]}, ["moe.bias_update_speed_steps=[[100,-0.1]]", "negative"]),
+    ({"moe.seq_aux_loss_coeff": -1}, ["moe.seq_aux_loss_coeff=-1", "negative"]),
     ({"pipeline.schedule": "1f1b"}, ["pipeline.schedule=1f1b", "pipeline.placement=v", "zbv"]),
     (
         {"pipeline.schedule": "zbv", "pipeline.placement": "last"},

@@ -103,3 +103,9 @@ def test_comparable_drops_timings_and_nothing_else():
     learnt = {"step": 3, "tokens": 9, "loss": 1.5, "loss_mtp_1": 2.5, "eval_loss_main": 1.25, "lr": 1e-4, "skipped": 0}
     kept = comparable(learnt | dict.fromkeys(TIMING_KEYS, 1.0))
     assert kept == learnt, f"{kept} is not {learnt}"
+
+
+def test_bytes_between_ranks_are_comparable_and_waiting_is_not():
+    """Equal runs route equal tokens, so they send equal bytes; how long a rank waits for them is the machine's affair."""
+    kept = comparable({"all_to_all_bytes": 4096.0, "all_to_all_wait_s": 0.25})
+    assert kept == {"all_to_all_bytes": 4096.0}, kept

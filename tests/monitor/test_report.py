@@ -19,7 +19,11 @@ EVAL = {
 }  # fmt: skip
 
 
-def final_report(eval_metrics, corpus=CORPUS, last=LAST):
+LOADS = {1: [20.0, 4.0, 8.0, 8.0], 10: [5.0, 10.0, 12.5, 12.5]}
+"""Means of 10 tokens: the extremes are expert 0 (twice the mean) and expert 1 (0.4 of it), both of layer 1."""
+
+
+def final_report(eval_metrics, corpus=CORPUS, last=LAST, expert_loads=None):
     lines = report.final_report(
         FIRST,
         last,
@@ -28,6 +32,7 @@ def final_report(eval_metrics, corpus=CORPUS, last=LAST):
         "runs/x",
         median_tokens_per_s=3938.5,
         last_checkpoint="runs/x/c/step_00000300",
+        expert_loads=expert_loads or {},
     )
     return "\n".join(lines)
 
@@ -60,10 +65,33 @@ def test_report_without_evaluation_uses_training_numbers():
 
 
 def test_report_of_a_plain_model_has_no_mtp_lines():
-    """Depth 0 and an unknown corpus leave nothing to say about agreement or unigrams."""
+    """Depth 0, no experts and an unknown corpus leave nothing to say about agreement, balance or unigrams."""
     text = final_report({}, corpus={}, last={"step": 3, "tokens": 9, "loss_main": 2.5})
-    for absent in ("mtp", "agrees", "decoding", "unigram"):
+    for absent in ("mtp", "agrees", "decoding", "unigram", "expert"):
         assert absent not in text, f"{absent!r} is in\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("loads", "said"),
+    [
+        (
+            LOADS,
+            "max violation 1.00 over 2 layers (layer 1, expert 0), least load 0.40 of the mean (layer 1, expert 1)",
+        ),
+        # More tokens but nearer to their layer's mean: loads of different layers compare only as shares.
+        (
+            {**LOADS, 10: [500.0, 100.0, 700.0, 700.0]},
+            "max violation 1.00 over 2 layers (layer 1, expert 0), least load 0.20 of the mean (layer 10, expert 1)",
+        ),
+        ({3: [9.0, 11.0]}, "max violation 0.10 over 1 layer (layer 3, expert 1), least load 0.90"),
+    ],
+)
+def test_report_names_the_extreme_experts(loads, said):
+    """One line names the most and the least loaded expert relative to their layers' means, and the size of the biases."""
+    text = final_report({}, last=LAST | {"router_bias_norm": 0.3}, expert_loads=loads)
+    (line,) = [line for line in text.splitlines() if line.startswith("experts  ")]
+    assert said in line, f"{said!r} is not in {line!r}"
+    assert line.endswith(", router bias norm 0.3"), line
 
 
 def test_median_speed_ignores_the_first_step():

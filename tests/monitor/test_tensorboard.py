@@ -1,17 +1,19 @@
 """What TensorBoard shows of a run, read back with its own reader, and that losing it costs nothing else."""
 
+import re
 import shutil
 import threading
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imsave
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from dist_mtp.monitor.tags import TAGS, scalars
+from dist_mtp.monitor.tags import SCALED_TAGS, STEP_SHARE_TAGS, TAGS, chart_layout, scalars
 from dist_mtp.monitor.tensorboard import TensorBoard
 
 NUM_DEPTHS = 2
@@ -21,6 +23,8 @@ ROW = {
     "router_bias_norm": 0.75, "step_time": 0.5, "tokens_per_s": 1024.0, "tflops_per_device": 3.5, "mfu": 0.375,
     "data_wait_s": 0.0625, "memory_gib": 1.25, "skipped": 0, "eval_loss_main": 4.5, "eval_loss_mtp_1": 4.75,
     "eval_loss_mtp_2": 4.875, "eval_accept_mtp_1": 0.625, "eval_accept_mtp_2": 0.3125, "eval_bits_per_byte": 2.25,
+    "load_violation_layer_1": 1.5, "load_violation_layer_10": 2.5, "loss_seq_aux": 1.125, "loss_global_aux": 1.0625,
+    "loss_z": 7.5, "all_to_all_bytes": 1.5 * 2**20, "all_to_all_wait_s": 0.125, "dropped_share": 0.0078125,
 }  # fmt: skip
 EXPECTED = {
     "loss/total": 6.5, "loss/main": 5.5, "loss/mtp_1": 5.75, "loss/mtp_2": 5.875, "loss/mtp_weight": 0.25,
@@ -29,7 +33,9 @@ EXPECTED = {
     "perf/tflops_per_device": 3.5, "perf/mfu_pct": 37.5, "perf/data_wait_pct": 12.5, "moe/load_max_violation": 2.5,
     "moe/bias_norm": 0.75, "memory/peak_gib": 1.25, "eval/loss_main": 4.5, "eval/loss_mtp_1": 4.75,
     "eval/loss_mtp_2": 4.875, "eval/accept_rate_1": 0.625, "eval/accept_rate_2": 0.3125, "eval/bits_per_byte": 2.25,
-    "progress/tokens": 512,
+    "progress/tokens": 512, "moe/load_violation/layer_01": 1.5, "moe/load_violation/layer_10": 2.5,
+    "moe/loss_seq_aux": 1.125, "moe/loss_global_aux": 1.0625, "moe/loss_z": 7.5, "moe/all_to_all_mib": 1.5,
+    "moe/all_to_all_wait_pct": 25.0, "moe/dropped_pct": 0.78125,
 }  # fmt: skip
 
 
@@ -37,6 +43,8 @@ def start(folder, report=pytest.fail, purge_step=None):
     return TensorBoard(
         folder,
         num_depths=NUM_DEPTHS,
+        has_experts=True,
+        ep=2,
         config_text="model:\n  name: tiny",
         plan_text="stage 0: embedding",
         hparams={"optim.lr": 0.1, "model.name": "tiny", "parallel.dp": None, "debug.dump_steps": (1, 2)},
@@ -46,7 +54,7 @@ def start(folder, report=pytest.fail, purge_step=None):
 
 
 def load(folder):
-    events = EventAccumulator(str(folder))
+    events = EventAccumulator(str(folder), size_guidance={"histograms": 0})  # 0: all of them, not the last one
     events.Reload()
     return events
 
@@ -76,7 +84,8 @@ def test_every_metric_is_a_scalar_under_its_tag(events):
 
 def test_no_tag_is_shared():
     """Two metrics under one tag would overwrite each other; units in a name make that easy to miss."""
-    assert len(set(TAGS.values())) == len(TAGS), f"{len(set(TAGS.values()))} tags for {len(TAGS)} metrics"
+    tags = [*TAGS.values(), *(tag for tag, _ in SCALED_TAGS.values()), *STEP_SHARE_TAGS.values()]
+    assert len(set(tags)) == len(tags), f"{len(set(tags))} tags for {len(tags)} metrics"
 
 
 def test_unknown_and_absent_metrics_are_left_out():
@@ -96,7 +105,68 @@ def test_all_depths_share_one_chart(events):
     assert loss_charts == [["loss/main", "loss/mtp_1", "loss/mtp_2"]], loss_charts
     written = events.Tags()["scalars"]
     for tag in (tag for chart in charts for tag in chart.multiline.tag):
-        assert tag in written, f"{tag} is charted but not among {written}"
+        assert any(re.match(tag, name) for name in written), f"{tag} is charted but matches none of {written}"
+
+
+def charted(tags, chart):
+    """What the Custom Scalars tab draws: it looks up each line of a chart with ``re.match``."""
+    _, lines = chart
+    return {tag for tag in tags if any(re.match(line, tag) for line in lines)}
+
+
+def test_layers_share_one_chart_and_so_do_auxiliary_losses():
+    """A model with 58 MoE layers must not need 58 charts, and the balance of no layer may be missing from the one."""
+    charts = chart_layout(1, has_experts=True, ep=1)["MoE"]
+    layers = {f"moe/load_violation/layer_{layer:02d}" for layer in range(3, 62)}
+    drawn = charted(layers | EXPECTED.keys(), charts["largest load over the mean load, minus 1"])
+    expected = {"moe/load_max_violation", "moe/load_violation/layer_01"} | layers
+    assert drawn == expected, f"differs in {drawn ^ expected}"
+    drawn = charted(EXPECTED, charts["auxiliary losses, unweighted"])
+    assert drawn == {"moe/loss_seq_aux", "moe/loss_global_aux", "moe/loss_z"}, drawn
+
+
+def test_charts_are_those_the_run_fills():
+    """Empty charts: none of experts for a dense model, none of the all-to-all where no rank shares its experts."""
+    assert "MoE" not in chart_layout(1, has_experts=False, ep=1)
+    alone, shared = (chart_layout(1, has_experts=True, ep=ep)["MoE"] for ep in (1, 2))
+    added = [tag for title in shared.keys() - alone.keys() for tag in shared[title][1]]
+    assert sorted(added) == ["moe/all_to_all_mib", "moe/all_to_all_wait_pct"], added
+
+
+def test_histograms_show_each_layers_spread_of_loads(tmp_path):
+    """A layer's histogram counts its experts by load over the layer's own mean, at step 1 and every tenth."""
+    board = start(tmp_path)
+    load_LE = torch.tensor([[1, 3, 4, 8], [100, 100, 100, 100]], dtype=torch.float64)  # means 4 and 100
+    for step in range(1, 21):
+        board.write_expert_loads(step, (2, 11), load_LE)
+    board.close()
+    events = load(tmp_path)
+    assert events.Tags()["histograms"] == ["moe/load_share/layer_02", "moe/load_share/layer_11"], events.Tags()
+    steps = [event.step for event in events.Histograms("moe/load_share/layer_02")]
+    assert steps == [1, 10, 20], steps
+    uneven, even = (events.Histograms(tag)[-1].histogram_value for tag in events.Tags()["histograms"])
+    assert (uneven.num, uneven.min, uneven.max, uneven.sum) == (4, 0.25, 2.0, 4.0), uneven
+    assert (even.num, even.min, even.max) == (4, 1.0, 1.0), even
+
+
+def test_histograms_tell_small_imbalance_apart(tmp_path):
+    """Loads within 4 % of the mean, a well-balanced layer, still fall into bars of their own."""
+    board = start(tmp_path)
+    board.write_expert_loads(1, (0,), torch.tensor([[96.0, 98.0, 102.0, 104.0]]))
+    board.close()
+    histogram = load(tmp_path).Histograms("moe/load_share/layer_00")[0].histogram_value
+    bars = sum(count > 0 for count in histogram.bucket)
+    assert bars == 4, f"{bars} bars for 4 different loads: {histogram}"
+
+
+def test_loads_stay_on_the_device_at_other_steps(tmp_path):
+    """Waiting for the device at every step would slow training; a tensor without data raises when it is copied."""
+    board = start(tmp_path)
+    without_data = torch.empty(2, 4, device="meta")
+    for step in range(2, 10):
+        board.write_expert_loads(step, (0, 1), without_data)
+    board.close()
+    assert load(tmp_path).Tags()["histograms"] == []
 
 
 @pytest.mark.parametrize(("tag", "line"), [("config", "  name: tiny"), ("plan", "stage 0: embedding")])

@@ -22,6 +22,7 @@ from dist_mtp.config_checks import LAST_SCHEDULES, V_SCHEDULES
 STEPS = 3
 ROWS = 8
 """Microbatches of one row in a global batch, over all data replicas."""
+SEQ_LEN = 24
 LOSS_BOUND, NORM_BOUND, GRADIENT_BOUND = 1e-6, 1e-6, 5e-6
 """Relative differences that fp32 rounding may cause between layouts."""
 
@@ -73,6 +74,19 @@ def layouts(world_size: int) -> list[Layout]:
         Layout(placement, schedule, world_size // dp, dp)
         for dp in (1, 2)
         if world_size // dp in (2, 4)
+        for placement, schedules in (("v", V_SCHEDULES), ("last", LAST_SCHEDULES))
+        for schedule in schedules
+    ]
+
+
+def expert_layouts(world_size: int) -> list[Layout]:
+    """Layouts whose data replicas share experts: every degree above 1, with 2 and with 4 replicas."""
+    return [
+        Layout(placement, schedule, world_size // dp, dp, ep)
+        for dp in (2, 4)
+        if world_size // dp in (1, 2)
+        for ep in (2, 4)
+        if dp % ep == 0
         for placement, schedules in (("v", V_SCHEDULES), ("last", LAST_SCHEDULES))
         for schedule in schedules
     ]
@@ -132,7 +146,7 @@ def make_config(folder: Path, layout: Layout, variant: Variant) -> Config:
         "pipeline": {"placement": layout.placement, "schedule": layout.schedule},
         "train": {
             "steps": STEPS,
-            "seq_len": 24,
+            "seq_len": SEQ_LEN,
             "micro_batch_size": 1,
             "micro_batches": variant.micro_batches // layout.dp,
             "loss_chunk": 16,
@@ -211,7 +225,8 @@ def compare(run: Path, reference: Path, steps: Iterable[int] = range(1, STEPS + 
     """Compare dumps and metrics of two run folders.
 
     Raises:
-        AssertionError: the runs have other rows, losses or tensors, or trained on other batches or router biases.
+        AssertionError: the runs have other rows, losses or tensors, trained on other batches or router biases, or sent
+            another number of tokens to some expert.
     """
     loss, norm, gradient, tensor = 0.0, 0.0, 0.0, ""
     ours, theirs = (json.loads((folder / "rows.json").read_text()) for folder in (run, reference))
@@ -220,6 +235,11 @@ def compare(run: Path, reference: Path, steps: Iterable[int] = range(1, STEPS + 
         row, other = ours[step - 1], theirs[step - 1]
         losses = {key for key in other if key.startswith("loss")}
         assert losses == {key for key in row if key.startswith("loss")}, f"{sorted(row)} and {sorted(other)}"
+        for key in other:
+            if key.startswith(("load_", "router_bias")):
+                assert math.isclose(row[key], other[key], rel_tol=1e-9), (
+                    f"step {step} {key}: {row[key]} and {other[key]}"
+                )
         loss = max(loss, *(_relative_number(row[key], other[key]) for key in losses))
         norm = max(norm, _relative_number(row["grad_norm"], other["grad_norm"]))
         tensors, others = (load_file(p / "dumps" / f"step_{step}.safetensors") for p in (run, reference))

@@ -16,7 +16,19 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from support.parity import ALL_VARIANTS, REFERENCE, Layout, Variant, layouts, make_config, matrix_variants, run_steps
+from support.parity import (
+    ALL_VARIANTS,
+    REFERENCE,
+    ROWS,
+    SEQ_LEN,
+    Layout,
+    Variant,
+    expert_layouts,
+    layouts,
+    make_config,
+    matrix_variants,
+    run_steps,
+)
 
 FOUR_RANK_VARIANTS = (Variant(1), Variant(2, tied=True), Variant(3))
 EVALUATED = Variant(2)
@@ -40,8 +52,26 @@ SPECIAL_VARIANTS = (
 SPECIAL_LAYOUTS = (Layout("v", "zbv", 2), Layout("last", "1f1b", 2))
 BF16 = (("precision.name", "bf16"),)
 BF16_VARIANTS = (Variant(2, extra=BF16), Variant(2, tied=True, extra=BF16))
+BF16_EXPERT_LAYOUTS = (Layout("v", "zbv", 2, 2, 2), Layout("last", "1f1b", 1, 4, 2))
 TINY_STEPS = Variant(2, extra=(*BF16, ("optim.lr", 1e-7)))
 """Every update is far below the spacing of the bf16 weights."""
+BALANCED = Variant(
+    2,
+    extra=(
+        ("moe.seq_aux_loss_coeff", 0.02),
+        ("moe.global_aux_loss_coeff", 0.05),
+        ("moe.z_loss_coeff", 1e-3),
+        ("moe.bias_update_speed", 0.01),
+        ("moe.bias_update_speed_steps", ((2 * ROWS * SEQ_LEN, 0.0),)),
+    ),
+)
+"""All ways to balance experts at once, and biases that are frozen before the third step."""
+EXPERT_VARIANTS = (Variant(2), BALANCED)
+FOUR_RANK_EXPERT_LAYOUTS = [
+    layout
+    for layout in expert_layouts(4)
+    if layout.pp == 2 or (layout.placement, layout.schedule) in (("v", "zbv"), ("last", "1f1b"))
+]
 TRAFFIC_FUNCTIONS = (
     "send",
     "isend",
@@ -83,7 +113,7 @@ def evaluated(layout: Layout) -> Variant:
 
 def world_of_1(folder: Path) -> None:
     odd = [dataclasses.replace(Variant(1), micro_batches=m) for ms in ODD_MICROBATCHES.values() for m in ms]
-    for variant in dict.fromkeys([*ALL_VARIANTS, *odd, *SPECIAL_VARIANTS, *BF16_VARIANTS]):
+    for variant in dict.fromkeys([*ALL_VARIANTS, *odd, *SPECIAL_VARIANTS, *BF16_VARIANTS, *EXPERT_VARIANTS]):
         run_steps(make_config(folder, REFERENCE, variant))
 
 
@@ -102,10 +132,20 @@ def world_of_2(folder: Path) -> None:
             _run_observed(folder, layout, variant)
         _run_tiny_steps(folder, layout)
 
+    for layout in expert_layouts(2):
+        for variant in EXPERT_VARIANTS:
+            run_steps(make_config(folder, layout, variant))
+
 
 def world_of_4(folder: Path) -> None:
     for layout in layouts(4):
         for variant in FOUR_RANK_VARIANTS:
+            run_steps(make_config(folder, layout, variant))
+    for layout in FOUR_RANK_EXPERT_LAYOUTS:
+        for variant in EXPERT_VARIANTS:
+            run_steps(make_config(folder, layout, variant))
+    for layout in BF16_EXPERT_LAYOUTS:
+        for variant in BF16_VARIANTS:
             run_steps(make_config(folder, layout, variant))
 
 
