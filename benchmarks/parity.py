@@ -1,10 +1,10 @@
-"""The full parity matrix: every MTP depth, tied and untied, in every layout of 2, 4 and 8 ranks, against one process.
+"""The full parity matrix: every layout of 2, 4 and 8 ranks, pipelines, replicas and shared experts, against one process.
 
-    python benchmarks/parity.py            # about four minutes on two cores; `make parity`
+    python benchmarks/parity.py            # about eight minutes on two cores; `make parity`
 
-Each run trains three steps in fp32 on the small model of ``tests/support/parity.py``. The first table gives, per layout,
-the worst relative difference from the single process over all variants: of any loss, of the clip norm and of any
-gradient tensor (2-norm). The second part is the yardstick: how far the single process itself is from the same step
+Each run trains three steps in fp32 on the small model of ``tests/support/parity.py``: every MTP depth, tied and untied, and
+all ways to balance experts. The first table gives, per layout, the worst relative difference from the single process over
+all variants: of any loss, of the clip norm and of any gradient tensor (2-norm). The second part is the yardstick: how far the single process itself is from the same step
 in float64. Both go to ``benchmarks/results/parity.json``. Exit code 1 when a layout exceeds its bound.
 """
 
@@ -39,14 +39,13 @@ from support.parity import (
     Layout,
     Variant,
     compare,
-    layouts,
     make_config,
-    matrix_variants,
     relative,
     run_dir,
     write_corpus,
 )
 from support.ranks import run_ranks
+from support.worlds import matrix
 
 from dist_mtp.model.attention import AttentionContext
 from dist_mtp.model.naming import logical_tensors, routers
@@ -70,7 +69,7 @@ def main() -> int:
         for world in WORLDS:
             print(f"training on {world} rank(s) ...", flush=True)
             run_ranks("support.worlds:whole_matrix", world, folder / f"world_{world}", timeout_s=arguments.timeout)
-        rows = [row_of(folder, layout) for world in WORLDS[1:] for layout in layouts(world)]
+        rows = [row for world in WORLDS[1:] for row in rows_of(folder, world)]
         floor = rounding_floor(folder / "world_1")
 
     within = all(row["within_bounds"] for row in rows)
@@ -93,13 +92,18 @@ def main() -> int:
     return 0 if within else 1
 
 
-def row_of(folder: Path, layout: Layout) -> dict[str, Any]:
-    """Worst differences of one layout over all variants."""
-    world = folder / f"world_{layout.pp * layout.dp}"
-    found: dict[Variant, Difference] = {
-        variant: compare(run_dir(world, layout, variant), run_dir(folder / "world_1", REFERENCE, variant))
-        for variant in matrix_variants(layout.pp * layout.dp)
-    }
+def rows_of(folder: Path, world_size: int) -> list[dict[str, Any]]:
+    """One row per layout of this number of ranks."""
+    found: dict[Layout, dict[Variant, Difference]] = {}
+    for layout, variant in matrix(world_size):
+        run = run_dir(folder / f"world_{world_size}", layout, variant)
+        reference = run_dir(folder / "world_1", REFERENCE, variant)
+        found.setdefault(layout, {})[variant] = compare(run, reference)
+    return [row_of(layout, differences) for layout, differences in found.items()]
+
+
+def row_of(layout: Layout, found: dict[Variant, Difference]) -> dict[str, Any]:
+    """Worst differences of one layout over its variants."""
     variant, worst = max(found.items(), key=lambda item: item[1].gradient)
     return {
         "layout": str(layout),
@@ -107,6 +111,8 @@ def row_of(folder: Path, layout: Layout) -> dict[str, Any]:
         "schedule": layout.schedule,
         "pp": layout.pp,
         "dp": layout.dp,
+        "ep": layout.ep,
+        "variants": len(found),
         "loss": max(difference.loss for difference in found.values()),
         "grad_norm": max(difference.grad_norm for difference in found.values()),
         "gradient": worst.gradient,
@@ -169,13 +175,13 @@ def float64_gradients(folder: Path, variant: Variant, dump: dict[str, torch.Tens
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"{'placement':<9}  {'schedule':<16}  pp  dp  {'loss':>8}  {'clip norm':>9}  {'gradient':>8}"]
+    lines = [f"{'placement':<9}  {'schedule':<16}  pp  dp  ep  {'loss':>8}  {'clip norm':>9}  {'gradient':>8}"]
     for row in rows:
         lines.append(
-            f"{row['placement']:<9}  {row['schedule']:<16}  {row['pp']:>2}  {row['dp']:>2}  {row['loss']:8.1e}  "
+            f"{row['placement']:<9}  {row['schedule']:<16}  {row['pp']:>2}  {row['dp']:>2}  {row['ep']:>2}  {row['loss']:8.1e}  "
             f"{row['grad_norm']:9.1e}  {row['gradient']:8.1e}{'' if row['within_bounds'] else '  OUT OF BOUNDS'}"
         )
-    lines.append(f"{'bound':<35}  {LOSS_BOUND:8.1e}  {NORM_BOUND:9.1e}  {GRADIENT_BOUND:8.1e}")
+    lines.append(f"{'bound':<39}  {LOSS_BOUND:8.1e}  {NORM_BOUND:9.1e}  {GRADIENT_BOUND:8.1e}")
     return lines
 
 

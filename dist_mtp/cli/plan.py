@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dist_mtp.cli.compose import compose
@@ -10,6 +11,7 @@ from dist_mtp.config import Config, resolve
 from dist_mtp.data.tokenizers import tokenizer_vocab_size
 from dist_mtp.monitor.formatting import compact, percent
 from dist_mtp.monitor.plan_files import PICTURE, PLAN, write_plan
+from dist_mtp.pipeline.experts import ExpertPlan
 from dist_mtp.pipeline.plan import Plan, make_plan
 from dist_mtp.run_folder import CONFIG_FILE
 
@@ -43,7 +45,14 @@ def run(config: Config) -> int:
 
 
 def summary(plan: Plan) -> str:
-    """The plan as an aligned table of stages and the numbers to judge it by."""
+    """The plan as aligned tables of stages and ranks, where experts live, and the numbers to judge it by."""
+    parts = [_stage_table(plan), _rank_table(plan)]
+    if plan.experts is not None:
+        parts.append(_experts(plan.experts))
+    return "\n\n".join("\n".join(part) for part in [*parts, _predictions(plan)])
+
+
+def _stage_table(plan: Plan) -> list[str]:
     total = sum(stage.cost.time for stage in plan.stages)
     rows = [("stage", "rank", "units", "", "time", "params")]
     for stage in plan.stages:
@@ -51,12 +60,52 @@ def summary(plan: Plan) -> str:
         span = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
         share = percent(stage.cost.time / total)
         rows.append((str(stage.index), str(stage.rank), str(len(names)), span, share, compact(stage.cost.params)))
+    return _aligned(rows, left=(3,))
+
+
+def _rank_table(plan: Plan) -> list[str]:
+    """Parameters and bytes on one data-parallel rank of each pipeline rank."""
+    header = ("rank", "dense params", "expert params", "weights", "gradients", "optimizer", "activations", "memory")
+    rows: list[tuple[str, ...]] = [header]
+    for rank in plan.ranks:
+        params = (compact(count) if count else "-" for count in (rank.dense_params, rank.expert_params))
+        kinds = (rank.weight_bytes, rank.gradient_bytes, rank.optimizer_bytes, rank.activation_bytes, rank.total_bytes)
+        rows.append((str(rank.rank), *params, *(f"{compact(size)}B" for size in kinds)))
+    return _aligned(rows)
+
+
+def _experts(experts: ExpertPlan) -> list[str]:
+    places = [f"{_span(experts.held_by(rank))} on data rank {rank}" for rank in experts.groups[0]]
+    groups = [_span(group) for group in experts.groups]
+    sent = experts.all_to_all_bytes
+    path = "inside nodes" if experts.within_node else "between nodes"
+    return [
+        f"experts             {experts.num_experts} per MoE layer, {experts.per_rank} per rank: {_shortened(places)}",
+        f"expert groups       data ranks {_shortened(groups)} of each pipeline rank; copies of each expert: {experts.copies}",
+        f"all-to-all          {compact(min(sent))}B to {compact(max(sent))}B sent per rank and step if experts are "
+        f"balanced, {path}",
+    ]
+
+
+def _span(numbers: range) -> str:
+    """First and last: ``4-7``."""
+    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def _shortened(items: Sequence[str]) -> str:
+    """All of a few items, else the first two and the last."""
+    return ", ".join(items if len(items) <= 4 else [*items[:2], "..", items[-1]])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], left: Collection[int] = ()) -> list[str]:
+    """Rows as lines of equal columns, all but those in ``left`` right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    table = [
-        "  ".join(cell.ljust(width) if column == 3 else cell.rjust(width) for column, (cell, width) in enumerate(cells))
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in enumerate(cells)
+        )
         for cells in (zip(row, widths, strict=True) for row in rows)
     ]
-    return "\n".join([*table, "", *_predictions(plan)])
 
 
 def _predictions(plan: Plan) -> list[str]:
@@ -69,7 +118,7 @@ def _predictions(plan: Plan) -> list[str]:
         f"{plan.micro_batches} microbatches, device profile {plan.profile.name}",
         f"predicted step      {timeline.step_time:.4g} s, bubble{percent(timeline.bubble)}",
         f"peak activations    {compact(min(peaks))}B to {compact(max(peaks))}B per rank",
-        f"balance of ranks   {percent(balance)}, at most{percent(bound.balance)} with the head on one rank",
+        f"balance of ranks   {percent(balance)}, at most {percent(bound.balance).strip()} with the head on one rank",
         f"ramp               {percent(bound.ramp)} is the most that filling and draining the pipeline leave",
         f"least bubble       {percent(1 - balance * bound.ramp)} with these stages under any order of actions",
     ]

@@ -17,7 +17,7 @@ from dist_mtp.monitor.plan_files import PICTURE, write_plan
 from dist_mtp.monitor.report import final_report, median_tokens_per_s, parameter_table
 from dist_mtp.monitor.tensorboard import TensorBoard
 from dist_mtp.monitor.throughput import Throughput
-from dist_mtp.pipeline.costs import list_units, unit_costs
+from dist_mtp.pipeline.costs import list_units, unit_parameters
 from dist_mtp.pipeline.plan import Plan
 
 Metrics = dict[str, float]
@@ -151,17 +151,17 @@ def _describe(config: Config, plan: Plan, corpus_info: Mapping[str, Any]) -> lis
         f"predicted bubble {plan.timeline.bubble:.1%}",
         *stages,
         "",
-        *parameter_table(_parameter_rows(config, plan)),
+        *parameter_table(_parameter_rows(config)),
         "",
     ]
 
 
-def _parameter_rows(config: Config, plan: Plan) -> list[tuple[str, int]]:
+def _parameter_rows(config: Config) -> list[tuple[str, int]]:
     rows: dict[str, int] = {}
     labels = {"embedding": "embedding", "head": "final norm, head and MTP"}
-    for unit, cost in zip(list_units(config), unit_costs(config, plan.profile), strict=True):
+    for unit, params in zip(list_units(config), unit_parameters(config), strict=True):
         label = labels.get(unit.kind, unit.kind.replace("_", " "))
-        rows[label] = rows.get(label, 0) + cost.params
+        rows[label] = rows.get(label, 0) + params
     return list(rows.items())
 
 

@@ -36,9 +36,13 @@ class UnitCost:
     time_w: float = 0.0
     """Weight gradient of one microbatch, seconds."""
     params: int = 0
-    """Parameters on the owning rank, exact."""
+    """Parameters on the owning rank, exact: of routed experts its own part only."""
     activation_bytes: int = 0
     """Held per microbatch from the start of its forward until its backward is complete."""
+    expert_params: int = 0
+    """Those of ``params`` that belong to routed experts."""
+    all_to_all_bytes: int = 0
+    """Leave the rank for experts on other ranks, or on the way back from its own, per microbatch, forward and backward."""
 
     @property
     def time(self) -> float:
@@ -58,16 +62,26 @@ def list_units(config: Config) -> tuple[Unit, ...]:
 
 
 def unit_costs(config: Config, profile: DeviceProfile) -> tuple[UnitCost, ...]:
-    """Cost of each unit of :func:`list_units`, for microbatches of ``train.micro_batch_size`` rows of T positions."""
+    """Cost of each unit of :func:`list_units`, for microbatches of ``train.micro_batch_size`` rows of T positions.
+
+    Experts are taken to get equally many tokens. A MoE layer waits for two all-to-alls in the forward, dispatch and combine,
+    and for their reverse in the input gradient; nothing is taken to overlap with them.
+    """
     tokens = config.train.micro_batch_size * config.train.seq_len
     seconds_per_flop = tokens / profile.flops_per_s
+    ep, exchanged = config.parallel.ep, exchange_bytes(config)
+    exchange_seconds = profile.all_to_all_seconds(exchanged, ep, config.world_size)
     return tuple(
         UnitCost(
-            time_f=(size.weight_flops + size.core_flops + 3 * size.loss_flops) * seconds_per_flop,
-            time_i=(size.weight_flops + 2 * size.core_flops) * seconds_per_flop,
+            time_f=(size.weight_flops + size.core_flops + 3 * size.loss_flops) * seconds_per_flop
+            + 2 * size.moe_layers * exchange_seconds,
+            time_i=(size.weight_flops + 2 * size.core_flops) * seconds_per_flop
+            + 2 * size.moe_layers * exchange_seconds,
             time_w=size.weight_flops * seconds_per_flop,
-            params=size.params,
+            params=size.params - size.expert_params + size.expert_params // ep,
             activation_bytes=int(size.saved_elements * tokens * bytes_per_element(config)),
+            expert_params=size.expert_params // ep,
+            all_to_all_bytes=4 * size.moe_layers * exchanged,
         )
         for size in _unit_sizes(config)
     )
@@ -83,6 +97,8 @@ def total_cost(costs: Iterable[UnitCost]) -> UnitCost:
             total.time_w + cost.time_w,
             total.params + cost.params,
             total.activation_bytes + cost.activation_bytes,
+            total.expert_params + cost.expert_params,
+            total.all_to_all_bytes + cost.all_to_all_bytes,
         )
     return total
 
@@ -91,6 +107,17 @@ def message_bytes(config: Config) -> int:
     """Size of one microbatch's hidden states, or of their gradient, between two stages: [rows, T, H]."""
     tokens = config.train.micro_batch_size * config.train.seq_len
     return tokens * config.model.hidden_size * bytes_per_element(config)
+
+
+def exchange_bytes(config: Config) -> int:
+    """What one all-to-all of a microbatch sends from a rank to others: K hidden states per token.
+
+    Of equally loaded experts a share of (ep - 1) / ep is on other ranks. The ``deepep`` dispatcher sends less: a token goes
+    once to a rank, however many of its experts are there.
+    """
+    rows = config.train.micro_batch_size * config.train.seq_len * config.model.num_experts_per_tok
+    ep = config.parallel.ep
+    return rows * config.model.hidden_size * bytes_per_element(config) * (ep - 1) // ep
 
 
 def bytes_per_element(config: Config) -> int:
@@ -110,7 +137,12 @@ def flops_per_token(config: Config) -> float:
 
 def num_parameters(config: Config) -> int:
     """Parameters of the whole model, MTP modules included, shared ones counted once."""
-    return sum(size.params for size in _unit_sizes(config))
+    return sum(unit_parameters(config))
+
+
+def unit_parameters(config: Config) -> tuple[int, ...]:
+    """Parameters of each unit of :func:`list_units` in the whole model, all ranks' experts included."""
+    return tuple(size.params for size in _unit_sizes(config))
 
 
 def _unit_sizes(config: Config) -> list[BlockSize]:

@@ -22,22 +22,49 @@ class DeviceProfile:
     bandwidth_bytes_per_s: float
     """Between neighbouring pipeline ranks, assumed to sit in different nodes."""
     latency_s: float
-    """Of one message between neighbouring pipeline ranks."""
+    """Of one message between neighbouring pipeline ranks, or of one all-to-all."""
+    node_bandwidth_bytes_per_s: float
+    """That leave a rank for others of its node."""
+    node_ranks: int | None
+    """Ranks that share a node; None where all do."""
 
     def message_seconds(self, num_bytes: float) -> float:
         """Time from the send of a message until the peer can use it."""
         return self.latency_s + num_bytes / self.bandwidth_bytes_per_s
 
+    def within_node(self, group_size: int, world_size: int) -> bool:
+        """Whether no group of ``group_size`` consecutive ranks spans two nodes, groups and nodes both counted from rank 0.
+
+        With 8 ranks in a node groups of 2, 4 and 8 fit; groups of 3 do not, as the third one is ranks 6 to 8.
+        """
+        return self.node_ranks is None or world_size <= self.node_ranks or self.node_ranks % group_size == 0
+
+    def all_to_all_seconds(self, num_bytes: float, group_size: int, world_size: int) -> float:
+        """Time of an all-to-all in groups of consecutive ranks, each of which sends ``num_bytes`` to the others.
+
+        If groups span nodes, all bytes are taken to need the network; a few stay in the node.
+        """
+        if group_size == 1:
+            return 0.0
+        within = self.within_node(group_size, world_size)
+        return self.latency_s + num_bytes / (self.node_bandwidth_bytes_per_s if within else self.bandwidth_bytes_per_s)
+
 
 # Peaks: NVIDIA data sheets (dense). Practical speed: about two thirds of peak. Network: one 400 Gbit/s port per GPU (H100,
-# H200) or 200 Gbit/s (A100). The CPU is one core and the loopback interface. The first row that a GPU's name fits counts.
+# H800, H200) or 200 Gbit/s (A100, A800). Inside a node: 80 % of NVLink's one-way peak, which is half of what the data sheets
+# add up (H100, H200 900 GB/s, A100 600, H800, A800 400): the DeepSeek-V3 report (arXiv 2412.19437, section 3.2.2) counts 160
+# GB/s for an H800, and 380 GB/s were measured between two H100s (github.com/NVIDIA/nccl issue 1264). Cards whose NVLink, if
+# any, joins two only: 80 % of PCIe 5.0 x16. The CPU is one core and the loopback interface. The first row that a GPU's name
+# fits counts.
 _PROFILES = (
-    DeviceProfile("h100_pcie", ("H100 PCIe",), 5.0e14, 7.56e14, 4.5e10, 1.5e-5),
-    DeviceProfile("h100_nvl", ("H100 NVL",), 5.5e14, 8.35e14, 4.5e10, 1.5e-5),
-    DeviceProfile("h100", ("H100", "H800"), 6.5e14, 9.89e14, 4.5e10, 1.5e-5),
-    DeviceProfile("h200", ("H200",), 6.5e14, 9.89e14, 4.5e10, 1.5e-5),
-    DeviceProfile("a100", ("A100", "A800"), 2.2e14, 3.12e14, 2.2e10, 1.5e-5),
-    DeviceProfile("cpu", (), 5.0e10, None, 1.0e9, 2.0e-4),
+    DeviceProfile("h100_pcie", ("H100 PCIe",), 5.0e14, 7.56e14, 4.5e10, 1.5e-5, 5.0e10, 8),
+    DeviceProfile("h100_nvl", ("H100 NVL",), 5.5e14, 8.35e14, 4.5e10, 1.5e-5, 5.0e10, 8),
+    DeviceProfile("h100", ("H100",), 6.5e14, 9.89e14, 4.5e10, 1.5e-5, 3.6e11, 8),
+    DeviceProfile("h800", ("H800",), 6.5e14, 9.89e14, 4.5e10, 1.5e-5, 1.6e11, 8),
+    DeviceProfile("h200", ("H200",), 6.5e14, 9.89e14, 4.5e10, 1.5e-5, 3.6e11, 8),
+    DeviceProfile("a100", ("A100",), 2.2e14, 3.12e14, 2.2e10, 1.5e-5, 2.4e11, 8),
+    DeviceProfile("a800", ("A800",), 2.2e14, 3.12e14, 2.2e10, 1.5e-5, 1.6e11, 8),
+    DeviceProfile("cpu", (), 5.0e10, None, 1.0e9, 2.0e-4, 1.0e9, None),
 )
 PROFILES = {profile.name: profile for profile in _PROFILES}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dist_mtp.config import Config
@@ -11,7 +11,9 @@ from dist_mtp.pipeline import schedules
 from dist_mtp.pipeline.bounds import Bound, balance_bound, balanced_ranks, ramp_bound
 from dist_mtp.pipeline.costs import UnitCost, list_units, message_bytes, total_cost, unit_costs
 from dist_mtp.pipeline.devices import DeviceProfile, resolve_profile
+from dist_mtp.pipeline.experts import ExpertPlan, place_experts
 from dist_mtp.pipeline.lowering import lower
+from dist_mtp.pipeline.memory import RankMemory, rank_memory
 from dist_mtp.pipeline.partition import Partition, partition
 from dist_mtp.pipeline.placement import stage_ranks
 from dist_mtp.pipeline.simulate import Timeline, simulate
@@ -56,6 +58,10 @@ class Plan:
     balanced_ranks: int
     """The largest ``parallel.pp`` at which the rank of the head need not be slower than the others."""
     profile: DeviceProfile
+    experts: ExpertPlan | None
+    """None when ``parallel.ep`` is 1: every rank holds all experts of its layers."""
+    ranks: tuple[RankMemory, ...]
+    """Of each pipeline rank; its data-parallel ranks all hold as much."""
 
     @property
     def num_stages(self) -> int:
@@ -71,7 +77,10 @@ class Plan:
         return lower(table, self.stage_to_rank, self.num_stages)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``plan.json``; times in seconds of the device profile."""
+        """The content of ``plan.json``; times in seconds of the device profile.
+
+        ``params`` of a stage are those on one data-parallel rank. ``experts`` is null when ``parallel.ep`` is 1.
+        """
         return {
             "pp": self.pp,
             "dp": self.dp,
@@ -97,6 +106,8 @@ class Plan:
                 "peak_activation_bytes": list(self.timeline.peak_activation_bytes),
             },
             "bound": {"balance": self.bound.balance, "ramp": self.bound.ramp},
+            "experts": None if self.experts is None else self.experts.to_json(),
+            "ranks": [asdict(rank) for rank in self.ranks],
         }
 
 
@@ -126,6 +137,10 @@ def make_plan(config: Config, cuda_device_name: str | None = None) -> Plan:
     candidates = dict.fromkeys(partition(costs, stage_to_rank, layout, slack) for slack in slacks)
     simulated = [(simulate(table, _stage_costs(costs, cut), stage_to_rank, message_seconds), cut) for cut in candidates]
     timeline, chosen = min(simulated, key=lambda pair: pair[0].step_time)
+    stages = _stage_plans(config, costs, stage_to_rank, chosen)
+    rank_costs = [
+        total_cost(stage.cost for stage in stages if stage.rank == rank) for rank in range(config.parallel.pp)
+    ]
 
     return Plan(
         pp=config.parallel.pp,
@@ -135,7 +150,7 @@ def make_plan(config: Config, cuda_device_name: str | None = None) -> Plan:
         schedule=config.pipeline.schedule,
         micro_batches=config.train.micro_batches,
         stage_to_rank=stage_to_rank,
-        stages=_stage_plans(config, costs, stage_to_rank, chosen),
+        stages=stages,
         table=table,
         lowered=lower(table, stage_to_rank, len(stage_to_rank)),
         timeline=timeline,
@@ -145,6 +160,11 @@ def make_plan(config: Config, cuda_device_name: str | None = None) -> Plan:
         ),
         balanced_ranks=balanced_ranks(costs, config.pipeline.placement),
         profile=profile,
+        experts=place_experts(config, profile, rank_costs),
+        ranks=tuple(
+            rank_memory(config, rank, cost, timeline.peak_activation_bytes[rank])
+            for rank, cost in enumerate(rank_costs)
+        ),
     )
 
 

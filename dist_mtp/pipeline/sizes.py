@@ -1,8 +1,8 @@
 """Sizes of the model's building blocks: parameters, FLOPs and saved activations, as closed formulas.
 
-Parameters are exact. FLOPs count matrix multiplications only, 2*m*n*k each. H is the hidden size, V the vocabulary, T
-the row length, E and K the experts in total and per token; the blocks are those of the DeepSeek-V3 report
-(arXiv 2412.19437, section 2).
+Sizes are those of the whole model, however its experts are spread over ranks. Parameters are exact. FLOPs count matrix
+multiplications only, 2*m*n*k each. H is the hidden size, V the vocabulary, T the row length, E and K the experts in total
+and per token; the blocks are those of the DeepSeek-V3 report (arXiv 2412.19437, section 2).
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ class BlockSize:
     """Forward of the vocabulary projections. The loss computes both of their gradients inside its forward."""
     saved_elements: float = 0.0
     """Numbers that autograd keeps from forward to backward, in the precision of the activations."""
+    expert_params: int = 0
+    """Those of ``params`` that belong to routed experts, which expert parallelism divides among ranks."""
+    moe_layers: int = 0
+    """Times that a token goes to K routed experts and back."""
 
     def __add__(self, other: BlockSize) -> BlockSize:
         return BlockSize(
@@ -33,6 +37,8 @@ class BlockSize:
             self.core_flops + other.core_flops,
             self.loss_flops + other.loss_flops,
             self.saved_elements + other.saved_elements,
+            self.expert_params + other.expert_params,
+            self.moe_layers + other.moe_layers,
         )
 
 
@@ -88,16 +94,19 @@ def moe_half(model: ModelConfig) -> BlockSize:
     ``e_score_correction_bias`` is a buffer, not a parameter.
     """
     expert = 3 * model.hidden_size * model.moe_intermediate_size
-    shared, router = expert * model.n_shared_experts, model.n_routed_experts * model.hidden_size
+    routed, shared = expert * model.n_routed_experts, expert * model.n_shared_experts
+    router = model.n_routed_experts * model.hidden_size
     active_experts = model.num_experts_per_tok + model.n_shared_experts
     return BlockSize(
-        params=model.n_routed_experts * expert + shared + router + model.hidden_size,
+        params=routed + shared + router + model.hidden_size,
         weight_flops=2.0 * (model.num_experts_per_tok * expert + shared + router),
         # Input and its norm; router scores; per routed copy input and output; per active expert gate, up, product.
         saved_elements=2 * model.hidden_size
         + model.n_routed_experts
         + 2 * model.num_experts_per_tok * model.hidden_size
         + 3 * active_experts * model.moe_intermediate_size,
+        expert_params=routed,
+        moe_layers=1,
     )
 
 
@@ -141,4 +150,6 @@ def head(config: Config) -> BlockSize:
         loss_flops=2.0 * (depth + 1) * hidden * config.vocab_size,
         # Input of the final norm; per head its input and the gradient that the loss has computed already.
         saved_elements=hidden + 2 * (depth + 1) * hidden + depth * module.saved_elements,
+        expert_params=modules * module.expert_params,
+        moe_layers=depth * module.moe_layers,
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dist_mtp.precision.weight_grads import DeferrableLayer, accumulate
-
-_GROUPED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, layer: DeferrableLayer) -> Tensor:
@@ -48,8 +47,10 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _rows_times_weights(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """rows [N, k], weights [E, k, m] -> [N, m]."""
+    if rows.shape[0] == 0:
+        return rows.new_empty(0, weights.shape[2])
     if _has_kernel(rows, weights):
-        return torch._grouped_mm(rows, weights, offs=ends)
+        return F.grouped_mm(rows, weights, offs=ends)
     out = rows.new_empty(rows.shape[0], weights.shape[2])
     for expert, (start, end) in enumerate(_ranges(ends)):
         torch.mm(rows[start:end], weights[expert], out=out[start:end])
@@ -58,8 +59,11 @@ def _rows_times_weights(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 def _weight_grad(grad_y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """grad_y [N, out], x [N, in] -> [E, out, in]; zeros for an expert without rows."""
+    if x.shape[0] == 0:
+        return x.new_zeros(ends.shape[0], grad_y.shape[1], x.shape[1])
     if _has_kernel(grad_y, x):
-        return torch._grouped_mm(grad_y.t(), x, offs=ends)
+        grad = F.grouped_mm(grad_y.t(), x, offs=ends)
+        return _zero_without_rows(grad, ends) if _kernel_skips_empty_sums(x.device) else grad
     out = x.new_empty(ends.shape[0], grad_y.shape[1], x.shape[1])
     for expert, (start, end) in enumerate(_ranges(ends)):
         torch.mm(grad_y[start:end].t(), x[start:end], out=out[expert])
@@ -67,9 +71,30 @@ def _weight_grad(grad_y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_kernel(a: Tensor, b: Tensor) -> bool:
-    """Whether ``torch._grouped_mm`` takes these: its dtypes, and strides that are multiples of 16 bytes."""
-    aligned = all(size * a.element_size() % 16 == 0 for size in (*a.shape[1:], *b.shape[1:]))
-    return a.dtype in _GROUPED_DTYPES.get(a.device.type, ()) and aligned and a.shape[0] > 0
+    """Whether ``F.grouped_mm`` takes these two; what it refuses goes through a loop over experts.
+
+    It refuses float64, which only tests use, and strides and (on GPUs) addresses that are no multiples of 16 bytes:
+    ``check_valid_strides_and_return_transposed`` in torch's ATen/native/GroupedMMUtils.h. One kernel serves bf16 on GPUs
+    from compute capability 9.0. Everything else that it takes, fp32 on GPUs included, is a loop inside of the call, which
+    on GPUs reads ``ends`` back (``_grouped_mm_fallback`` in the same file).
+    """
+    widths_fit = all(size * a.element_size() % 16 == 0 for size in (*a.shape[1:], *b.shape[1:]))
+    addresses_fit = a.is_cpu or (a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0)
+    return a.dtype in (torch.float32, torch.bfloat16) and widths_fit and addresses_fit
+
+
+def _kernel_skips_empty_sums(device: torch.device) -> bool:
+    """Whether a sum over no rows may come out as whatever was there instead of 0.
+
+    So on Blackwell (compute capability 10), up to torch 2.13 at least: https://github.com/pytorch/pytorch/issues/172439.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+
+
+def _zero_without_rows(grad: Tensor, ends: Tensor) -> Tensor:
+    """Zero the entries of [E, ...] whose expert has no rows, without asking the device which."""
+    empty_E = ends.diff(prepend=ends.new_zeros(1)) == 0
+    return grad.masked_fill_(empty_E[:, None, None], 0)
 
 
 def _ranges(ends: Tensor) -> list[tuple[int, int]]:

@@ -7,10 +7,17 @@ import dataclasses
 import pytest
 from pipeline.pipeline_cases import DEEPSEEK_V3, tiny_config, v3_config
 
-from dist_mtp.config import Config, ModelConfig, MtpConfig, TrainConfig
+from dist_mtp.config import Config, ModelConfig, MtpConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from dist_mtp.errors import ConfigError
 from dist_mtp.pipeline import sizes
-from dist_mtp.pipeline.costs import flops_per_token, list_units, num_parameters, total_cost, unit_costs
+from dist_mtp.pipeline.costs import (
+    flops_per_token,
+    list_units,
+    num_parameters,
+    total_cost,
+    unit_costs,
+    unit_parameters,
+)
 from dist_mtp.pipeline.devices import PROFILES, resolve_profile
 
 
@@ -126,6 +133,91 @@ class TestTimes:
             assert two.activation_bytes == 2 * one.activation_bytes > 0
 
 
+def expert_parallel(config: Config, ep: int, dp: int = 4, pp: int = 2) -> Config:
+    return dataclasses.replace(config, parallel=ParallelConfig(pp=pp, dp=dp, ep=ep))
+
+
+class TestExpertParallelism:
+    """A rank holds E / ep experts, and sends K hidden states per token out and back, (ep - 1) / ep of them elsewhere."""
+
+    def test_parameters(self) -> None:
+        """Only routed experts are divided; the whole model's counts stay."""
+        config = hand_made_config(depth=2)
+        local = MOE - 4 * 3 * 8 * 17 + 2 * 3 * 8 * 17
+        mtp = 8 + 8 + 2 * 8 * 8 + ATTENTION + local + 8
+        costs = unit_costs(expert_parallel(config, ep=2), PROFILES["cpu"])
+        expected = [101 * 8, ATTENTION, DENSE, ATTENTION, local, 8 + 101 * 8 + 2 * mtp]
+        assert [cost.params for cost in costs] == expected, f"{[cost.params for cost in costs]} != {expected}"
+        experts = [0, 0, 0, 0, 2 * 3 * 8 * 17, 2 * 2 * 3 * 8 * 17]
+        assert [cost.expert_params for cost in costs] == experts, (
+            f"{[cost.expert_params for cost in costs]} != {experts}"
+        )
+        whole = unit_parameters(expert_parallel(config, ep=2))
+        assert whole == tuple(cost.params for cost in unit_costs(config, PROFILES["cpu"])), whole
+
+    @pytest.mark.parametrize(("precision", "element_bytes"), [("fp32", 4), ("bf16", 2)])
+    def test_all_to_all_bytes(self, precision: str, element_bytes: int) -> None:
+        """3 rows of 16 tokens, K = 2, H = 8: dispatch, combine and their backwards; the head has one layer per depth."""
+        config = hand_made_config(depth=2)
+        config = dataclasses.replace(config, precision=PrecisionConfig(name=precision))  # type: ignore[arg-type]
+        exchange = 3 * 16 * 2 * 8 * element_bytes
+        for ep, share in ((1, 0), (2, 1 / 2), (4, 3 / 4)):
+            found = [c.all_to_all_bytes for c in unit_costs(expert_parallel(config, ep=ep), PROFILES["cpu"])]
+            expected = [0, 0, 0, 0, 4 * exchange * share, 2 * 4 * exchange * share]
+            assert found == expected, f"ep={ep}: {found} != {expected}"
+
+    @pytest.mark.parametrize(
+        ("mtp", "head_layers"),
+        [
+            ({"depth": 0}, 0),
+            ({"depth": 2}, 2),
+            ({"depth": 2, "share_depths": True}, 2),
+            ({"depth": 2, "block": "dense"}, 0),
+        ],
+    )
+    def test_head_exchanges_once_per_moe_depth(self, mtp: dict[str, object], head_layers: int) -> None:
+        """A shared module is computed at every depth, so its tokens travel at every depth."""
+        costs = unit_costs(expert_parallel(hand_made_config(**mtp), ep=2), PROFILES["cpu"])
+        expected = head_layers * costs[-2].all_to_all_bytes
+        assert costs[-2].all_to_all_bytes > 0
+        assert costs[-1].all_to_all_bytes == expected, f"{costs[-1].all_to_all_bytes} != {expected}"
+
+    @pytest.mark.parametrize(("ep", "within"), [(8, True), (64, False)])
+    def test_times(self, ep: int, within: bool) -> None:
+        """Two exchanges in F and two in I of each MoE layer, none in W: over NVLink in a node of 8, else over the network."""
+        profile = PROFILES["h800"]
+        alone = unit_costs(expert_parallel(v3_config(depth=2), ep=1, dp=128), profile)
+        shared = unit_costs(expert_parallel(v3_config(depth=2), ep=ep, dp=128), profile)
+        sent = 4096 * 8 * 7168 * 2 * (ep - 1) / ep
+        exchange = 1.5e-5 + sent / (1.6e11 if within else 4.5e10)
+        layers = {"moe_ffn": 1, "head": 2}
+        for unit, before, after in zip(list_units(v3_config(depth=2)), alone, shared, strict=True):
+            expected = 2 * layers.get(unit.kind, 0) * exchange
+            for kind in ("time_f", "time_i"):
+                found = getattr(after, kind) - getattr(before, kind)
+                assert found == pytest.approx(expected, abs=1e-12), f"{unit.name}, {kind}: {found} != {expected}"
+            assert after.time_w == before.time_w, unit.name
+
+    @pytest.mark.parametrize(
+        ("profile", "ep", "world_size", "within"),
+        [
+            ("h100", 2, 64, True),
+            ("h100", 8, 64, True),
+            ("h100", 16, 64, False),
+            ("h100", 16, 16, False),
+            ("h100", 3, 6, True),
+            ("h100", 3, 12, False),
+            ("cpu", 16, 64, True),
+        ],
+    )
+    def test_groups_within_a_node(self, profile: str, ep: int, world_size: int, within: bool) -> None:
+        """Ranks 0-7, 8-15, ... share a node of GPUs; groups of 3 cross them unless there is one node only."""
+        nodes = PROFILES[profile].node_ranks or world_size
+        groups = [range(first, first + ep) for first in range(0, world_size - ep + 1, ep)]
+        assert all(group[0] // nodes == group[-1] // nodes for group in groups) == within, "the case itself is wrong"
+        assert PROFILES[profile].within_node(ep, world_size) == within
+
+
 def test_unit_list() -> None:
     """Embedding, two halves per layer, head; kinds follow ``first_k_dense_replace``."""
     units = list_units(Config(model=dataclasses.replace(DEEPSEEK_V3, num_layers=4)))
@@ -144,6 +236,7 @@ def test_unit_list() -> None:
     [
         ("auto", None, "cpu"),
         ("auto", "NVIDIA H100 80GB HBM3", "h100"),
+        ("auto", "NVIDIA H800", "h800"),
         ("auto", "NVIDIA H200", "h200"),
         ("auto", "NVIDIA A100-SXM4-80GB", "a100"),
         ("auto", "NVIDIA GeForce RTX 4090", "a100"),

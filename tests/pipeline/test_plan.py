@@ -47,12 +47,38 @@ class TestJson:
             assert json.loads(json.dumps(content)) == content, "not plain JSON"
             assert list(content) == [
                 *("pp", "dp", "ep", "placement", "schedule", "micro_batches", "stages", "predicted", "bound"),
+                *("experts", "ranks"),
             ]
             assert {tuple(stage) for stage in content["stages"]} == {
                 ("index", "rank", "units", "time_f", "time_i", "time_w", "params")
             }
             assert list(content["predicted"]) == ["step_time", "bubble", "peak_activation_bytes"]
             assert list(content["bound"]) == ["balance", "ramp"]
+            assert content["experts"] is None, "nothing is shared with ep=1"
+            assert [rank["rank"] for rank in content["ranks"]] == list(range(plan.pp))
+            assert {tuple(rank) for rank in content["ranks"]} == {
+                (
+                    *("rank", "dense_params", "expert_params"),
+                    *("weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes"),
+                )
+            }
+
+    def test_fields_with_expert_parallelism(self) -> None:
+        """Two pipeline ranks of four data ranks, two of which share the 8 experts of a layer."""
+        config = tiny_config(2)
+        plan = make_plan(dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dp=4, ep=2)))
+        content = plan.to_json()
+        assert json.loads(json.dumps(content)) == content, "not plain JSON"
+        sent = [8 * sum(s.cost.all_to_all_bytes for s in plan.stages_of(rank)) for rank in range(2)]
+        assert content["experts"] == {
+            "per_rank": 4,
+            "copies": 2,
+            "groups": [[0, 1], [2, 3]],
+            "within_node": True,
+            "all_to_all_bytes_per_step": sent,
+        }
+        # 4 rows of 128 tokens, K = 2, H = 128, fp32, half of it to the other rank; 3 layers of the trunk and one of MTP.
+        assert sum(sent) == 8 * 4 * (3 + 1) * (4 * 128 * 2 * 128 * 4 // 2), sent
 
     def test_bubble_follows_from_the_times(self, plans: list[Plan]) -> None:
         """``bubble = 1 - busy / (ranks * step time)``, as documented."""
@@ -177,6 +203,30 @@ class TestCommand:
         assert plan_command.run(config) == 0
         assert json.loads((tmp_path / "plan.json").read_text()) == make_plan(config, "NVIDIA H200").to_json()
         assert "device profile h200" in capsys.readouterr().out
+
+    def test_says_where_experts_live(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """DeepSeek-V3 in its own layout: 64 ranks of 8 nodes share the experts, and 128 hold a stage."""
+        arguments = ["model=deepseek_v3", "mtp=d1", "precision=bf16", f"run.dir={tmp_path / 'run'}"]
+        arguments += ["parallel.pp=16", "parallel.dp=128", "parallel.ep=64", "train.micro_batches=32"]
+        arguments += ["train.micro_batch_size=1", "train.seq_len=4096", "pipeline.device_profile=h800"]
+        assert plan_command.main(arguments) == 0
+        lines = capsys.readouterr().out.splitlines()
+        for expected in (
+            "256 per MoE layer, 4 per rank: 0-3 on data rank 0, 4-7 on data rank 1, .., 252-255 on data rank 63",
+            "data ranks 0-63, 64-127 of each pipeline rank; copies of each expert: 2",
+            "sent per rank and step if experts are balanced, between nodes",
+        ):
+            assert any(expected in line for line in lines), f"{expected!r} is missing in:\n" + "\n".join(lines)
+        first = lines.index(next(line for line in lines if "expert params" in line))
+        ranks = [line.split() for line in lines[first + 1 : first + 17]]
+        assert [row[0] for row in ranks] == [str(rank) for rank in range(16)], ranks
+        assert {len(row) for row in ranks} == {8}, ranks
+        assert max(len(line) for line in lines if str(tmp_path) not in line) <= 120, lines
+
+    def test_says_nothing_of_experts_that_nobody_shares(self) -> None:
+        text = plan_command.summary(make_plan(tiny_config(2)))
+        assert "all-to-all" not in text, text
+        assert "expert groups" not in text, text
 
     def test_warns_when_the_head_is_too_slow(self) -> None:
         text = plan_command.summary(make_plan(v3_config(depth=2, pp=16, layout="uniform")))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dist_mtp.precision import grouped
@@ -40,6 +43,19 @@ def run_grouped(counts: list[int], widths: tuple[int, int], dtype: torch.dtype) 
     return y.detach(), x.grad, weight.grad, expected_y, expected_x, expected_w
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[None]:
+    """A list that grows by one with every call of ``module.name`` from now on."""
+    calls: list[None] = []
+    original = getattr(module, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, counting)
+    return calls
+
+
 class TestGroupedLinear:
     """Output, input gradient and weight gradient are those of each row times its expert's weight.
 
@@ -62,15 +78,43 @@ class TestGroupedLinear:
 
     @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
     def test_kernel_equals_loop(self, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-        calls = []
-        kernel = torch._grouped_mm
-        monkeypatch.setattr(torch, "_grouped_mm", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1])
         by_kernel = run_grouped(counts, (8, 16), torch.float32)[:3]
-        assert len(calls) == (3 if sum(counts) else 0), f"{len(calls)} kernel calls: the comparison is of one path"
         monkeypatch.setattr(grouped, "_has_kernel", lambda a, b: False)
         by_loop = run_grouped(counts, (8, 16), torch.float32)[:3]
         for name, a, b in zip(("y", "grad_x", "grad_weight"), by_kernel, by_loop, strict=True):
             assert torch.allclose(a, b, rtol=0, atol=1e-5), f"{name}: kernel {a} != loop {b}"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+    def test_three_kernel_calls_and_no_loop(
+        self, counts: list[int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Training never loops over experts; without rows it needs not even the kernel."""
+        calls = count_calls(monkeypatch, F, "grouped_mm")
+        loops = count_calls(monkeypatch, grouped, "_ranges")
+        run_grouped(counts, (8, 16), dtype)
+        expected = 3 if sum(counts) else 0
+        assert (len(calls), len(loops)) == (expected, 0), f"{len(calls)} kernel calls and {len(loops)} loops"
+
+    def test_no_rows_in_the_dtype_of_the_loop(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        loops = count_calls(monkeypatch, grouped, "_ranges")
+        run_grouped([0, 0], (8, 16), torch.float64)
+        assert not loops, f"{len(loops)} loops over no rows"
+
+    def test_gradients_that_the_kernel_leaves_unwritten(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A kernel that skips experts without rows in the weight gradient, as on Blackwell: they get zeros all the same."""
+        counts, kernel = [0, 5, 0, 3], F.grouped_mm
+
+        def skipping(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+            out = kernel(a, b, offs=offs)
+            if b.dim() == 2:
+                out[torch.tensor(counts) == 0] = float("nan")
+            return out
+
+        monkeypatch.setattr(F, "grouped_mm", skipping)
+        monkeypatch.setattr(grouped, "_kernel_skips_empty_sums", lambda device: True)
+        *_, found, _, _, expected = run_grouped(counts, (8, 16), torch.float32)
+        assert torch.allclose(found.double(), expected, rtol=0, atol=1e-5), f"{found} != {expected}"
 
     def test_expanded_output_gradient(self) -> None:
         """``sum().backward()`` hands down a gradient without memory of its own, which the kernel refuses."""

@@ -57,11 +57,14 @@ REFERENCE = Layout("v", "gpipe", pp=1)
 ALL_VARIANTS = tuple(Variant(depth, tied) for depth, tied in itertools.product(range(4), (False, True)))
 
 
+def enough_rows(variant: Variant, world_size: int) -> Variant:
+    """With microbatches for ``dualpipev`` on the most replicas or pipeline ranks that eight ranks can make."""
+    return variant if world_size < 8 else dataclasses.replace(variant, micro_batches=2 * ROWS)
+
+
 def matrix_variants(world_size: int) -> tuple[Variant, ...]:
-    """Every depth, tied and untied; with enough microbatches for ``dualpipev`` on four pipeline ranks and two replicas."""
-    if world_size < 8:
-        return ALL_VARIANTS
-    return tuple(dataclasses.replace(variant, micro_batches=2 * ROWS) for variant in ALL_VARIANTS)
+    """Every depth, tied and untied."""
+    return tuple(enough_rows(variant, world_size) for variant in ALL_VARIANTS)
 
 
 def run_dir(folder: Path, layout: Layout, variant: Variant) -> Path:

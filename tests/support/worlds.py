@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections import Counter
@@ -23,6 +24,7 @@ from support.parity import (
     SEQ_LEN,
     Layout,
     Variant,
+    enough_rows,
     expert_layouts,
     layouts,
     make_config,
@@ -152,9 +154,18 @@ def world_of_4(folder: Path) -> None:
 def whole_matrix(folder: Path) -> None:
     """Every variant in every layout of this world; ``benchmarks/parity.py``."""
     size = int(os.environ["WORLD_SIZE"])
-    for variant in matrix_variants(size) if size > 1 else [*matrix_variants(1), *matrix_variants(8)]:
-        for layout in layouts(size) if size > 1 else [REFERENCE]:
-            run_steps(make_config(folder, layout, variant))
+    runs = matrix(size) if size > 1 else [(REFERENCE, variant) for world in (2, 8) for _, variant in matrix(world)]
+    for layout, variant in dict.fromkeys(runs):
+        run_steps(make_config(folder, layout, variant))
+
+
+def matrix(world_size: int) -> list[tuple[Layout, Variant]]:
+    """All depths, tied and untied, in all layouts; where ranks share experts, fewer variants in every layout."""
+    shared = [enough_rows(variant, world_size) for variant in (Variant(1), Variant(3, tied=True), BALANCED)]
+    return [
+        *itertools.product(layouts(world_size), matrix_variants(world_size)),
+        *itertools.product(expert_layouts(world_size), shared),
+    ]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,166 @@
+"""A layer whose experts are shared among ranks is the layer of one rank: outputs, gradients, traffic and waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from support.expert_worlds import CASES, DEGREES, EXPERTS, WORLD_SIZE, config_for
+from support.ranks import run_ranks
+from torch import Tensor
+
+FP32_BOUND = 1e-6
+"""Relative difference in the 2-norm over all ranks: fp32 sums in another order."""
+BF16_BOUND = 2**-7
+"""The same where gradients are sums of numbers that were rounded to bf16, each by at most 2^-9 of itself."""
+RANKS = range(WORLD_SIZE)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank wrote down, from one launch."""
+    folder = tmp_path_factory.mktemp("expert_layer")
+    run_ranks("support.expert_worlds:world_of_4", WORLD_SIZE, folder, timeout_s=180)
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in RANKS]
+
+
+def group_of(rank: int, ep: int) -> range:
+    """Ranks that share experts with ``rank``, itself included."""
+    return range(rank // ep * ep, rank // ep * ep + ep)
+
+
+def expected_tensor(results: list[dict[str, Any]], name: str, rank: int, ep: int) -> Tensor:
+    """What ``rank`` should find, from the ranks' whole layers: for an expert's weight the sum over its group's ranks."""
+    if not name.startswith("experts."):
+        return results[rank]["whole"][name].double()
+    summed = torch.stack([results[other]["whole"][name].double() for other in group_of(rank, ep)]).sum(dim=0)
+    return summed.chunk(ep)[rank % ep]
+
+
+def relative_difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Of the 2-norm over all ranks' (found, expected)."""
+    found, expected = (torch.cat([each.double().flatten() for each in side]) for side in zip(*pairs, strict=True))
+    assert expected.any(), "all zeros: nothing is compared"
+    return float((found - expected).norm() / expected.norm())
+
+
+def assert_equals_whole_layer(results: list[dict[str, Any]], ep: int, bound: float) -> None:
+    for name in results[0]["whole"]:
+        pairs = [(results[rank][f"ep {ep}"][name], expected_tensor(results, name, rank, ep)) for rank in RANKS]
+        difference = relative_difference(pairs)
+        assert difference <= bound, f"{name}: relative difference {difference}, bound {bound}"
+
+
+class TestEqualsWholeLayer:
+    """With the same weights and each rank's own tokens, outputs, input gradients and the router's gradients are those of a
+    rank that holds all experts; an expert's gradient is the sum over the ranks that share it.
+
+    A breach: rows that arrive at another expert or return to another token, a dropped token, or the gradient of a rank
+    that is lost or counted twice; each is a difference far above rounding.
+    """
+
+    @pytest.mark.parametrize("ep", DEGREES)
+    @pytest.mark.parametrize("case", CASES)
+    def test_outputs_and_gradients(self, ranks: list[dict[str, Any]], case: str, ep: int) -> None:
+        bound = BF16_BOUND if CASES[case].dtype == torch.bfloat16 else FP32_BOUND
+        assert_equals_whole_layer([rank["cases"][case] for rank in ranks], ep, bound)
+
+    @pytest.mark.parametrize("ep", DEGREES)
+    @pytest.mark.parametrize("case", CASES)
+    def test_every_slot_is_processed(self, ranks: list[dict[str, Any]], case: str, ep: int) -> None:
+        results = [rank["cases"][case] for rank in ranks]
+        for rank in RANKS:
+            sent = sum(results[other]["ids"].flatten().bincount(minlength=8) for other in group_of(rank, ep))
+            mine, processed = sent.chunk(ep)[rank % ep], results[rank][f"counts {ep}"]["processed"]
+            assert torch.equal(processed, mine), f"rank {rank} processed {processed.tolist()}, was sent {mine.tolist()}"
+            load, ids = results[rank][f"counts {ep}"]["load"], results[rank]["ids"].flatten().bincount(minlength=8)
+            assert torch.equal(load, ids), f"rank {rank} counted a load of {load.tolist()}, chose {ids.tolist()}"
+
+    def test_cases_are_what_they_say(self, ranks: list[dict[str, Any]]) -> None:
+        """In "empty experts" two of four ranks get nothing, in "all on one" three of them."""
+        for case, used in (("empty experts", {0, 1, 6, 7}), ("all on one", {5})):
+            chosen = {expert for rank in ranks for expert in rank["cases"][case]["ids"].flatten().tolist()}
+            assert chosen == used, f"{case}: experts {chosen}, expected {used}"
+
+
+class TestSameWhateverTheWay:
+    """Deferring weight gradients, recomputing activations, evaluating, repeating, and interleaving microbatches as a
+    pipeline does change no bit.
+
+    A breach: a microbatch that finishes the exchange of another, or a weight gradient from another microbatch's rows.
+    """
+
+    @pytest.mark.parametrize("ep", DEGREES)
+    @pytest.mark.parametrize(
+        ("variation", "reference"),
+        [
+            *[(each, "plain") for each in ("again", "deferred", "reentrant", "non-reentrant", "evaluated")],
+            *[(each, "F0 B0 F1 B1") for each in ("F0 F1 B0 B1", "F0 F1 B1 B0")],
+        ],
+    )
+    def test_bitwise(self, ranks: list[dict[str, Any]], variation: str, reference: str, ep: int) -> None:
+        for rank in RANKS:
+            found, expected = (ranks[rank]["variations"][ep][each] for each in (variation, reference))
+            for name, tensor in found.items():
+                difference = float((tensor - expected[name]).abs().max())
+                assert torch.equal(tensor, expected[name]), f"rank {rank}, {name}: differ by up to {difference}"
+
+
+class TestTraffic:
+    """``traffic`` counts each row that leaves for another rank: to its expert, home, and both ways again in the backward.
+
+    A breach: rows of the own rank counted, or a direction left out.
+    """
+
+    @pytest.mark.parametrize("ep", DEGREES)
+    @pytest.mark.parametrize("case", CASES)
+    def test_sent_bytes(self, ranks: list[dict[str, Any]], case: str, ep: int) -> None:
+        config = config_for(ep)
+        row_bytes = config.model.hidden_size * CASES[case].dtype.itemsize
+        for rank in RANKS:
+            rows = 0
+            for other in set(group_of(rank, ep)) - {rank}:
+                to_other = ranks[rank]["cases"][case]["ids"] // config.experts_per_rank == other % ep
+                to_me = ranks[other]["cases"][case]["ids"] // config.experts_per_rank == rank % ep
+                rows += 2 * int(to_other.sum()) + 2 * int(to_me.sum())
+            found = ranks[rank]["cases"][case][f"sent bytes {ep}"]
+            assert found == rows * row_bytes, f"rank {rank} counted {found} bytes, sent {rows} rows of {row_bytes}"
+
+
+class TestOperations:
+    """A forward and backward of the layer is the same operations for any number of experts, tokens and ranks; the host
+    waits for the device once, for the sizes of the all-to-all, and never if all experts are local.
+
+    A breach: a Python loop over experts or tokens, or a hidden synchronisation, each of which idles a GPU in every layer.
+    """
+
+    @pytest.mark.parametrize("ep", [1, *DEGREES])
+    def test_constant(self, ranks: list[dict[str, Any]], ep: int) -> None:
+        counts = {
+            (rank, experts, tokens): counted
+            for rank in RANKS
+            for experts in EXPERTS
+            for tokens, counted in ranks[rank]["operations"][ep, experts].items()
+        }
+        (first, *others) = {each["operations"] for each in counts.values()}
+        assert not others, f"operations by rank, experts and tokens: {counts}"
+        assert first > 50, f"only {first} operations were seen"
+        waits = {key: {name: n for name, n in each.items() if name != "operations"} for key, each in counts.items()}
+        expected = {} if ep == 1 else {"tolist": 1}
+        wrong = {key: each for key, each in waits.items() if each != expected}
+        assert not wrong, f"waits of the host by rank, experts and tokens: {wrong}, expected {expected}"
+
+
+class TestAgainstAutoEP:
+    """Outputs and gradients are those of DeepSpeed's AutoEP with the same weights and tokens, over the same two groups of
+    two ranks: an implementation with its own router, dispatch and experts."""
+
+    def test_outputs_and_gradients(self, ranks: list[dict[str, Any]]) -> None:
+        names = [set(rank["autoep"][side]) for rank in ranks for side in ("ours", "theirs")]
+        assert names == names[:1] * len(names), f"tensors that only one side has: {set.union(*names) ^ names[0]}"
+        for name in ranks[0]["autoep"]["ours"]:
+            pairs = [(rank["autoep"]["ours"][name], rank["autoep"]["theirs"][name]) for rank in ranks]
+            difference = relative_difference(pairs)
+            assert difference <= FP32_BOUND, f"{name}: relative difference {difference}, bound {FP32_BOUND}"
