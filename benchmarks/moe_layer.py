@@ -1,15 +1,16 @@
 """One MoE layer: grouped GEMMs against a loop over experts, growth of its cost, and where its time goes.
 
-    OMP_NUM_THREADS=1 python benchmarks/moe_layer.py     # about three minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/moe_layer.py     # about a minute on an idle core
     python benchmarks/moe_layer.py --device cuda         # bf16 and larger sizes
 
 Three tables, all of forward plus backward:
 
 1. The layer's experts (``dist_mtp.model.moe.Experts``) against a list of SwiGLU modules that are called one after another on
    slices of the rows, with the same weights and uneven loads. Results and gradients are compared before anything is timed.
-   On CPU it is run twice: gradients of 256 experts are a fresh allocation of 100 MB per call, and Linux hands it out in
-   pages of 4 KiB, at a cost of three times the products themselves, unless ``THP_MEM_ALLOC_ENABLE=1`` lets torch ask for
-   huge ones. Everything below is measured with huge pages.
+   With 8 experts of 256 rows each, products are nine tenths of both on CPU: expect no more than a tie at the larger widths.
+   On CPU this is done twice. Weight gradients of 256 experts are one allocation of 67 MB and one of 33 MB; glibc returns
+   them to Linux when they are freed, and getting them back page by page costs more than computing them. The small gradients
+   of single modules are not returned. The second time, and below, glibc keeps what it has (``KEEP_MEMORY``).
 2. Time of ``dist_mtp.model.moe.MoE`` by tokens, experts and choices per token, with fits ``a + b * size``.
 3. Shares of the router, the sort and gather, the experts, the weighted sum and the shared experts.
 
@@ -48,7 +49,7 @@ from dist_mtp.config import Config, ModelConfig
 from dist_mtp.model.dispatch import LocalDispatcher
 from dist_mtp.model.moe import Experts, MoE
 
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's c10/core/impl/alloc_cpu.cpp; read once, at the first large allocation
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # read by glibc when a process starts
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Sizes:
     experts: int
     top_k: int
     compared_experts: tuple[int, ...]
+    compared_widths: tuple[tuple[int, int], ...]
+    """Pairs of ``hidden`` and ``inner``."""
     compared_rows: int
     growth: dict[str, tuple[int, ...]]
     repetitions: int
@@ -78,6 +81,7 @@ CPU = Sizes(
     experts=64,
     top_k=4,
     compared_experts=(8, 64, 256),
+    compared_widths=((128, 96), (256, 128)),
     compared_rows=2048,
     growth={
         "tokens": (256, 512, 1024, 1536, 2048, 3072, 4096),
@@ -93,6 +97,7 @@ CUDA = replace(
     hidden=2048,
     inner=512,
     tokens=8192,
+    compared_widths=((2048, 512), (2048, 1408)),
     compared_rows=32768,
     growth=CPU.growth | {"tokens": (2048, 4096, 8192, 12288, 16384, 24576, 32768)},
     repetitions=50,
@@ -111,22 +116,22 @@ def main() -> int:
     arguments = parser.parse_args()
 
     started = time.monotonic()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     device = torch.device(arguments.device)
     sizes = CUDA if device.type == "cuda" else CPU
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "device": device_name(device),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", "1")) if device.type == "cpu" else None,
+        "threads": int(os.environ["OMP_NUM_THREADS"]),
         "dtype": str(sizes.dtype).removeprefix("torch."),
         "sizes": {name: getattr(sizes, name) for name in ("hidden", "inner", "tokens", "experts", "top_k")},
     }
     print(f"{result['device']}, torch {torch.__version__}, {result['dtype']}, D={sizes.hidden}, I={sizes.inner}\n")
-    # A process each, because torch reads the variable for huge pages once.
     result["comparison"] = [
-        row
-        for huge in ((False, True) if device.type == "cpu" else (True,))
-        for row in in_fresh_process(huge, compare_all, sizes, device)
+        {"memory_kept": kept} | row
+        for kept in ((False, True) if device.type == "cpu" else (True,))
+        for row in in_fresh_process(kept, compare_all, sizes, device)
     ]
     equal = all(row["difference"] <= sizes.tolerance for row in result["comparison"])
     print("\n".join(comparison_table(result["comparison"], sizes)), flush=True)
@@ -141,9 +146,10 @@ def main() -> int:
     return 0 if equal else 1
 
 
-def in_fresh_process(huge_pages: bool, function: Callable[[Sizes, torch.device], Any], *arguments: Any) -> Any:
-    os.environ[HUGE_PAGES] = str(int(huge_pages))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def in_fresh_process(keep_memory: bool, function: Callable[[Sizes, torch.device], Any], *arguments: Any) -> Any:
+    """``function(*arguments)`` in a process whose allocator keeps freed memory, or has its defaults."""
+    if keep_memory:
+        os.environ.update(KEEP_MEMORY)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -161,8 +167,12 @@ class SwiGLU(nn.Module):
 
 
 def compare_all(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
-    """Loop and grouped GEMMs at a fixed number of rows, for each number of experts."""
-    return [compare(sizes, device, experts) for experts in sizes.compared_experts]
+    """Loop and grouped GEMMs at a fixed number of rows, for each width and number of experts."""
+    return [
+        compare(replace(sizes, hidden=hidden, inner=inner), device, experts)
+        for hidden, inner in sizes.compared_widths
+        for experts in sizes.compared_experts
+    ]
 
 
 def compare(sizes: Sizes, device: torch.device, num_experts: int) -> dict[str, Any]:
@@ -188,7 +198,8 @@ def compare(sizes: Sizes, device: torch.device, num_experts: int) -> dict[str, A
     difference = largest_difference(cases["loop"], cases["grouped"], loop, grouped, x)
     seconds = medians(cases, sizes.repetitions, device)
     return {
-        "huge_pages": os.environ[HUGE_PAGES] == "1" if device.type == "cpu" else None,
+        "hidden": sizes.hidden,
+        "inner": sizes.inner,
         "experts": num_experts,
         "rows": sizes.compared_rows,
         "largest_load": max(host_counts),
@@ -219,7 +230,8 @@ def zeros_if_none(parameter: Tensor) -> Tensor:
 def relative(a: Tensor | None, b: Tensor | None) -> float:
     assert a is not None
     assert b is not None
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max())
 
 
 def measure_growth(sizes: Sizes, device: torch.device) -> dict[str, Any]:
@@ -367,12 +379,12 @@ def device_name(device: torch.device) -> str:
 def comparison_table(rows: list[dict[str, Any]], sizes: Sizes) -> list[str]:
     lines = [
         f"loop over experts against grouped GEMMs, {sizes.compared_rows} rows, forward + backward",
-        f"{'pages':<6}  {'experts':>7}  {'largest load':>12}  {'loop ms':>8}  {'grouped ms':>10}  {'ratio':>5}  {'difference':>10}",
+        f"{'memory':<8}  {'D':>4}  {'I':>4}  experts  largest load   loop ms  grouped ms  ratio  difference",
     ]
     for row in rows:
-        pages = {None: "-", False: "4 KiB", True: "huge"}[row["huge_pages"]]
+        memory = "kept" if row["memory_kept"] else "returned"
         lines.append(
-            f"{pages:<6}  {row['experts']:>7}  {row['largest_load']:>12}  {row['loop_ms']:8.2f}  {row['grouped_ms']:10.2f}  "
+            f"{memory:<8}  {row['hidden']:>4}  {row['inner']:>4}  {row['experts']:>7}  {row['largest_load']:>12}  {row['loop_ms']:8.2f}  {row['grouped_ms']:10.2f}  "
             f"{row['ratio']:5.2f}  {row['difference']:10.1e}"
         )
     return lines

@@ -56,9 +56,9 @@ class Slots:
         return result
 
     def weighted_sum(self, rows: Tensor) -> Tensor:
-        """The reverse: [T*K, D] sorted by expert -> each token's K rows times their weights, summed: [T, D]."""
+        """The reverse: [T*K, D] sorted by expert -> each token's K rows times their weights, summed in fp32: [T, D]."""
         rows_TKD = permute(rows, self._inverse, self._order).unflatten(0, self._weights_TK.shape)
-        return (rows_TKD * self._weights_TK[..., None].to(rows.dtype)).sum(dim=1)
+        return (rows_TKD * self._weights_TK[..., None]).sum(dim=1).to(rows.dtype)
 
 
 class _LocalDispatch:

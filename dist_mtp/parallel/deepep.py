@@ -17,6 +17,10 @@ class DeepEPDispatcher:
     DeepEP copies tokens to the rows of their experts on arrival and travels within its own kernels, so ``traffic`` stays 0;
     it asks the host for the number of rows once per layer, as the all-to-all does.
 
+    Rows of one expert arrive in any order, another one in each dispatch: equal runs differ by rounding, and a layer that is
+    recomputed by a non-reentrant ``torch.utils.checkpoint``, which keeps the first dispatch's handle for the backward, gets
+    wrong gradients. A reentrant one does not.
+
     Args:
         group: the ranks that share a layer's experts; rank r of R holds experts [r E/R, (r+1) E/R).
     """
@@ -55,6 +59,6 @@ class _DeepEPDispatch:
     def combine(self, rows_ND: Tensor) -> Tensor:
         from deepspeed.module_inject.auto_ep_comm import deepep_combine
 
-        weighted = rows_ND * self._weights.reshape(-1, 1).to(rows_ND.dtype)
+        weighted = (rows_ND * self._weights.reshape(-1, 1)).to(rows_ND.dtype)
         y_TD: Tensor = deepep_combine(self._exchange, weighted, self._handle)
         return y_TD

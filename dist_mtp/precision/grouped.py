@@ -73,9 +73,9 @@ def _weight_grad(grad_y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 def _has_kernel(a: Tensor, b: Tensor) -> bool:
     """Whether ``F.grouped_mm`` takes these two; what it refuses goes through a loop over experts.
 
-    It refuses float64, which only tests use, and strides and (on GPUs) addresses that are no multiples of 16 bytes:
+    It refuses float64, which only checks use, and strides and (on GPUs) addresses that are no multiples of 16 bytes:
     ``check_valid_strides_and_return_transposed`` in torch's ATen/native/GroupedMMUtils.h. One kernel serves bf16 on GPUs
-    from compute capability 9.0. Everything else that it takes, fp32 on GPUs included, is a loop inside of the call, which
+    of compute capability 9 and 10. Everything else that it takes, fp32 on GPUs included, is a loop inside of the call, which
     on GPUs reads ``ends`` back (``_grouped_mm_fallback`` in the same file).
     """
     widths_fit = all(size * a.element_size() % 16 == 0 for size in (*a.shape[1:], *b.shape[1:]))

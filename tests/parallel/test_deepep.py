@@ -6,22 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from parallel.test_expert_layer import (
-    BF16_BOUND,
-    FP32_BOUND,
-    RANKS,
-    assert_equals_whole_layer,
-    relative_difference,
-)
 from support.expert_worlds import CASES, DEEPEP_CASES, DEGREES, WORLD_SIZE
 from support.ranks import run_ranks
+from support.whole_layer import BF16_BOUND, FP32_BOUND, RANKS, assert_equals_whole_layer, relative_difference
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank wrote down, from one launch."""
     folder = tmp_path_factory.mktemp("deepep")
-    run_ranks("support.expert_worlds:world_with_deepep", WORLD_SIZE, folder, timeout_s=180)
+    run_ranks("support.expert_worlds:world_with_deepep", WORLD_SIZE, folder, timeout_s=300)
     return [torch.load(folder / f"rank_{rank}.pt") for rank in RANKS]
 
 
@@ -39,6 +33,14 @@ class TestDeepEP:
     def test_outputs_and_gradients(self, ranks: list[dict[str, Any]], case: str, padding: int, ep: int) -> None:
         bound = BF16_BOUND if CASES[case].dtype == torch.bfloat16 else FP32_BOUND
         assert_equals_whole_layer([rank["cases"][case, padding] for rank in ranks], ep, bound)
+
+    @pytest.mark.parametrize("ep", DEGREES)
+    @pytest.mark.parametrize("padding", [0, 5])
+    def test_only_rows_that_arrived(self, ranks: list[dict[str, Any]], padding: int, ep: int) -> None:
+        for rank in RANKS:
+            rows, ends = ranks[rank]["received"][ep, padding]
+            assert len(rows) == ends[-1], f"rank {rank}: {len(rows)} rows, the last expert's end at {ends[-1]}"
+            assert rows.isfinite().all(), f"rank {rank}: rows that no token filled"
 
     @pytest.mark.parametrize("ep", DEGREES)
     @pytest.mark.parametrize(

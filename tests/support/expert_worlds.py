@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from model.model_cases import config_of
 from support import fake_deep_ep
+from support.operations import CountOperations
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dist_mtp.config import Config, MoeConfig, ParallelConfig
@@ -34,6 +31,8 @@ WORLD_SIZE = 4
 DEGREES = (2, 4)
 """Ranks that share experts; with 2 there are two groups of the same experts."""
 Tensors = dict[str, Tensor]
+Dispatchers = Mapping[int, TrafficDispatcher]
+"""By expert-parallel degree."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,13 @@ def world_with_deepep(folder: Path) -> None:
     sys.modules["deep_ep"] = fake_deep_ep
     device = init_process_group(60, device="cpu")
     meshes = {ep: make_mesh(config_for(ep), device) for ep in DEGREES}
-    results: dict[str, Any] = {"cases": {}, "variations": {}}
+    results: dict[str, Any] = {"cases": {}, "received": {}}
     for fake_deep_ep.padding in (0, 5):
         dispatchers = {ep: make_dispatcher(config_for(ep, dispatcher="deepep"), mesh) for ep, mesh in meshes.items()}
         for name in DEEPEP_CASES:
             results["cases"][name, fake_deep_ep.padding] = run_case(CASES[name], meshes, dispatchers)
+        for ep, dispatcher in dispatchers.items():
+            results["received"][ep, fake_deep_ep.padding] = receive(dispatcher)
     results["variations"] = {ep: run_variations(mesh, dispatchers[ep]) for ep, mesh in meshes.items()}
     torch.save(results, folder / f"rank_{dist.get_rank()}.pt")
 
@@ -143,9 +144,6 @@ def parameter_gradients(layer: nn.Module) -> Tensors:
     return {name: gradient(parameter) for name, parameter in layer.named_parameters()}
 
 
-Dispatchers = Mapping[int, TrafficDispatcher]
-
-
 def run_case(case: Case, meshes: Mapping[int, Mesh], dispatchers: Dispatchers | None = None) -> dict[str, Any]:
     """The rank's results with all experts of its own, and those by expert-parallel degree, with what was counted."""
     whole, batch = build_layer(case, None), tokens_of(case)
@@ -160,10 +158,8 @@ def run_case(case: Case, meshes: Mapping[int, Mesh], dispatchers: Dispatchers | 
 
 def run_variations(mesh: Mesh, dispatcher: TrafficDispatcher | None = None) -> dict[str, Tensors]:
     """The same layer and tokens, computed in other ways; all but the pipelined ones should equal ``plain``."""
-    layer, batches = (
-        build_layer(ORDINARY, mesh, dispatcher),
-        [tokens_of(ORDINARY, microbatch) for microbatch in range(2)],
-    )
+    layer = build_layer(ORDINARY, mesh, dispatcher)
+    batches = [tokens_of(ORDINARY, microbatch) for microbatch in range(2)]
     results = {"plain": measure(layer, *batches[0]), "again": measure(layer, *batches[0])}
     results["deferred"] = deferred(layer, *batches[0])
     for recompute in ("reentrant", "non-reentrant"):
@@ -174,6 +170,12 @@ def run_variations(mesh: Mesh, dispatcher: TrafficDispatcher | None = None) -> d
     with torch.no_grad():
         results["evaluated"] = {"output": layer(batches[0][0])}
     return results
+
+
+def receive(dispatcher: TrafficDispatcher) -> tuple[Tensor, Tensor]:
+    """The rows that arrive for this rank's experts, and the end of each expert's."""
+    x, _ = tokens_of(ORDINARY)
+    return dispatcher.dispatch(x.flatten(0, 1), build_layer(ORDINARY, None).gate(x)).receive()
 
 
 def deferred(layer: nn.Module, x: Tensor, grad_y: Tensor) -> Tensors:
@@ -208,56 +210,6 @@ def pipelined(layer: nn.Module, batches: list[tuple[Tensor, Tensor]], order: str
     return results | parameter_gradients(layer)
 
 
-HOST_METHODS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu")
-"""Methods of a tensor that would make the host wait for a GPU; some read a CPU tensor without any operation."""
-HOST_OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "equal")
-"""Operations that would, besides indexing by a mask and a ``repeat_interleave`` that must find its size."""
-
-
-class _CountOperations(TorchDispatchMode):
-    """Counts operations by name, and those that make the host wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.waits: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = str(func).split(".")[1]
-        self.calls[name] += 1
-        finds_size = name == "repeat_interleave" and kwargs.get("output_size") is None
-        by_mask = name.startswith("index") and any(_is_mask(each) for arg in args for each in _as_list(arg))
-        if name in HOST_OPERATIONS or finds_size or by_mask:
-            self.waits[name] += 1
-        return func(*args, **kwargs)
-
-
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.bool
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-@contextmanager
-def watch_host_methods() -> Iterator[Counter[str]]:
-    calls: Counter[str] = Counter()
-
-    def watched(name: str, original: Any) -> Any:
-        def method(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += 1
-            return original(*args, **kwargs)
-
-        return method
-
-    with ExitStack() as stack:
-        for name in HOST_METHODS:
-            stack.enter_context(mock.patch.object(Tensor, name, watched(name, getattr(Tensor, name))))
-        yield calls
-
-
 def count_operations(mesh: Mesh | None, experts: int) -> dict[str, dict[str, int]]:
     """Operations and waits of the host in one forward and backward of a layer, with few tokens and with many."""
     counts = {}
@@ -265,9 +217,9 @@ def count_operations(mesh: Mesh | None, experts: int) -> dict[str, dict[str, int
         case = Case(tokens=(tokens,) * WORLD_SIZE, model={"n_routed_experts": experts})
         layer, (x, grad_y) = build_layer(case, mesh), tokens_of(case)
         x.requires_grad_()
-        with watch_host_methods() as methods, _CountOperations() as operations:
+        with CountOperations() as counted:
             layer(x).backward(grad_y)
-        counts[name] = {"operations": operations.calls.total(), **methods, **operations.waits}
+        counts[name] = {"operations": counted.total, **counted.waits}
     return counts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -173,6 +174,9 @@ def make_config(folder: Path, layout: Layout, variant: Variant) -> Config:
     return resolve(from_mapping(values), vocab_size=257)
 
 
+_trainers: list[Any] = []
+
+
 def make_trainer(config: Config) -> Any:
     """A trainer of this rank; the process group is set up on first use."""
     from dist_mtp.data.corpus import prepare
@@ -182,8 +186,24 @@ def make_trainer(config: Config) -> Any:
     from dist_mtp.trainer import Trainer
 
     device = init_process_group(timeout_s=120)
+    _end_trainers()
     corpus = prepare(config.data, config.tokenizer)
-    return Trainer(config, make_mesh(config, device), make_plan(config), corpus, Monitor())
+    trainer = Trainer(config, make_mesh(config, device), make_plan(config), corpus, Monitor())
+    _trainers.append(trainer)
+    return trainer
+
+
+def _end_trainers() -> None:
+    """End the trainers before this one, with their process groups: each of gloo's has threads that wake up a hundred times a
+    second, and after a hundred trainers nothing else would run."""
+    from deepspeed.utils import groups
+
+    while _trainers:
+        _trainers.pop().engine.engine.destroy()  # its hooks would keep it, and its groups, alive
+    kept = (dist.group.WORLD, groups._WORLD_GROUP)
+    for group in [g for g in dist.distributed_c10d._world.pg_map if g not in kept]:
+        dist.destroy_process_group(group)
+    gc.collect()
 
 
 def run_steps(

@@ -54,7 +54,7 @@ SPECIAL_VARIANTS = (
 SPECIAL_LAYOUTS = (Layout("v", "zbv", 2), Layout("last", "1f1b", 2))
 BF16 = (("precision.name", "bf16"),)
 BF16_VARIANTS = (Variant(2, extra=BF16), Variant(2, tied=True, extra=BF16))
-BF16_EXPERT_LAYOUTS = (Layout("v", "zbv", 2, 2, 2), Layout("last", "1f1b", 1, 4, 2))
+BF16_EXPERT_LAYOUTS = (Layout("v", "zbv", 1, 4, 2), Layout("last", "1f1b", 2, 2, 2))
 TINY_STEPS = Variant(2, extra=(*BF16, ("optim.lr", 1e-7)))
 """Every update is far below the spacing of the bf16 weights."""
 BALANCED = Variant(
