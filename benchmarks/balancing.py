@@ -159,7 +159,7 @@ def train(variant: Variant, folder: Path, timeout_s: float) -> Trained:
         print(f"training {STEPS} steps, {variant.label} ...", flush=True)
         subprocess.run(
             [
-                *(sys.executable, "-m", "dist_mtp.cli.main", "train", *OVERRIDES, *variant.overrides),
+                *(sys.executable, "-m", "dist_mtp", "train", *OVERRIDES, *variant.overrides),
                 *(f"run.dir={run}", f"data.cache_dir={run.parent / 'data'}"),
             ],
             cwd=ROOT,

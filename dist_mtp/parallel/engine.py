@@ -71,7 +71,7 @@ class Engine:
             replica: Any = model.model.embed_tokens.weight
             replica.ds_pipe_replicated = True
         groups = _parameter_groups(model, mesh, config.optim.weight_decay)
-        _check_equal_groups(groups, mesh)
+        check_equal_groups(groups, mesh)
         optimizer = torch.optim.AdamW(
             groups,
             lr=config.optim.lr,
@@ -264,8 +264,12 @@ def _parameter_groups(model: LanguageModel, mesh: Mesh, weight_decay: float) -> 
     return groups
 
 
-def _check_equal_groups(groups: Sequence[Mapping[str, Any]], mesh: Mesh) -> None:
-    """Fail at the start where DeepSpeed would hang in the first step. Collective."""
+def check_equal_groups(groups: Sequence[Mapping[str, Any]], mesh: Mesh) -> None:
+    """Fail at the start where DeepSpeed would hang in the first step. Collective.
+
+    Raises:
+        ConfigError: on all ranks, naming those whose groups differ from rank 0's.
+    """
     names = "\n".join(f"{group['name']}: {'empty' if not group['params'] else 'present'}" for group in groups)
     check_same_hash(hashlib.sha256(names.encode()).hexdigest(), mesh.device, "set of optimizer groups")
 

@@ -61,7 +61,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_documents(folder / "documents")
     paths = ("data=text", f"data.path={folder}/documents", f"data.cache_dir={folder}/data", f"run.dir={folder}/run")
     finished = subprocess.run(
-        [sys.executable, "-m", "dist_mtp.cli.main", "train", *OVERRIDES, *paths],
+        [sys.executable, "-m", "dist_mtp", "train", *OVERRIDES, *paths],
         cwd=folder,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

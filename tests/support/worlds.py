@@ -69,6 +69,10 @@ BALANCED = Variant(
 )
 """All ways to balance experts at once, and biases that are frozen before the third step."""
 EXPERT_VARIANTS = (Variant(2), BALANCED)
+DENSE_RANK = Variant(1, extra=(("model.first_k_dense_replace", 4), ("pipeline.layout", "uniform")))
+"""Only the last trunk layer and MTP have experts: one of two pipeline ranks has none."""
+DENSE_RANK_VARIANTS = (DENSE_RANK, dataclasses.replace(DENSE_RANK, extra=(*DENSE_RANK.extra, *BF16)))
+DENSE_RANK_LAYOUTS = (Layout("v", "zbv", 2, 2, 2), Layout("last", "1f1b", 2, 2, 2))
 FOUR_RANK_EXPERT_LAYOUTS = [
     layout
     for layout in expert_layouts(4)
@@ -115,7 +119,9 @@ def evaluated(layout: Layout) -> Variant:
 
 def world_of_1(folder: Path) -> None:
     odd = [dataclasses.replace(Variant(1), micro_batches=m) for ms in ODD_MICROBATCHES.values() for m in ms]
-    for variant in dict.fromkeys([*ALL_VARIANTS, *odd, *SPECIAL_VARIANTS, *BF16_VARIANTS, *EXPERT_VARIANTS]):
+    for variant in dict.fromkeys(
+        [*ALL_VARIANTS, *odd, *SPECIAL_VARIANTS, *BF16_VARIANTS, *EXPERT_VARIANTS, *DENSE_RANK_VARIANTS]
+    ):
         run_steps(make_config(folder, REFERENCE, variant))
 
 
@@ -146,6 +152,11 @@ def world_of_4(folder: Path) -> None:
     for layout in FOUR_RANK_EXPERT_LAYOUTS:
         for variant in EXPERT_VARIANTS:
             run_steps(make_config(folder, layout, variant))
+    for layout in DENSE_RANK_LAYOUTS:
+        for variant in DENSE_RANK_VARIANTS:
+            trainer = run_steps(make_config(folder, layout, variant))
+            held = [name for name, _ in trainer.engine.named_parameters() if ".experts." in name]
+            _write_facts(folder, layout, variant, {"experts": held})
     for layout in BF16_EXPERT_LAYOUTS:
         for variant in BF16_VARIANTS:
             run_steps(make_config(folder, layout, variant))

@@ -1,4 +1,4 @@
-"""Checkpoints of runs whose ranks share experts."""
+"""What the engine does with experts that ranks share: groups of the optimizer, checkpoints."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.engine_world import BEGUN_IN, CONTINUED_IN, continued
 from support.parity import GRADIENT_BOUND, STEPS, Layout, relative, run_dir, write_corpus
 from support.ranks import run_ranks
-from support.reshard_world import BEGUN_IN, CONTINUED_IN, continued
 from support.worlds import BALANCED
 
 from dist_mtp.checkpoint.load import CheckpointReader
@@ -19,8 +19,19 @@ from dist_mtp.checkpoint.load import CheckpointReader
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reshard")
     write_corpus(path / "text")
-    run_ranks("support.reshard_world:world_of_4", 4, path / "world_4", timeout_s=300)
+    run_ranks("support.engine_world:world_of_4", 4, path / "world_4", timeout_s=300)
     return path / "world_4"
+
+
+class TestGroups:
+    """A rank whose optimizer groups differ would make DeepSpeed wait forever in the first step; every rank says so at the
+    start instead."""
+
+    @pytest.mark.parametrize("rank", range(4))
+    def test_refused_on_all_ranks(self, folder: Path, rank: int) -> None:
+        message = (folder / f"refusal.rank{rank}").read_text()
+        assert "ranks [2]" in message, message
+        assert "optimizer groups" in message, message
 
 
 class TestReshard:
