@@ -34,6 +34,7 @@ DERIVED_DEEPSPEED_KEYS = {
     "zero_optimization.offload_optimizer": "remove it, offloading is not supported",
     "zero_optimization.offload_param": "remove it, it needs ZeRO stage 3",
     "zero_optimization.cpu_offload": "remove it, offloading is not supported",
+    "zero_optimization.round_robin_gradients": "remove it, with it DeepSpeed cannot give gradients back in fp32",
     "zero_optimization.overlap_comm": "remove it, gradients are reduced after the last backward, with nothing to overlap",
 }
 """Keys of DeepSpeed's configuration that dist_mtp sets itself, and what a user does instead."""
@@ -54,7 +55,6 @@ DEEPSPEED_KEYS: dict[str, type] = {
     "zero_optimization.allgather_partitions": bool,
     "zero_optimization.contiguous_gradients": bool,
     "zero_optimization.reduce_scatter": bool,
-    "zero_optimization.round_robin_gradients": bool,
 }
 """Keys of DeepSpeed's configuration that have an effect here and leave training right; all others are refused."""
 
@@ -296,6 +296,8 @@ def _check_training(config: Config) -> None:
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} must be at least 300: 256 bytes, the end-of-text id and some merges"
         )
     _check_deepspeed(config.ds)
+    if config.parallel.ep > 1:
+        _check_deepspeed_experts(config.ds.get("zero_optimization", {}))
     _check_steps("mtp.loss_weight_steps", config.mtp.loss_weight_steps)
     for step in config.debug.dump_steps:
         if not 1 <= step <= config.train.steps:
@@ -334,6 +336,16 @@ def _check_deepspeed(ds: Mapping[str, Any]) -> None:
             raise ConfigError(f"ds.{key}={value} must be a number greater than 0")
         if kind is int and value != int(value):
             raise ConfigError(f"ds.{key}={value} must be a whole number")
+
+
+def _check_deepspeed_experts(zero_optimization: Mapping[str, Any]) -> None:
+    """Without one of these DeepSpeed 0.19.8 refuses experts, without the other it reduces their fp32 gradients wrongly."""
+    for key in ("reduce_scatter", "contiguous_gradients"):
+        if zero_optimization.get(key) is False:
+            raise ConfigError(
+                f"ds.zero_optimization.{key}=false does not work with experts that ranks share (parallel.ep above 1): "
+                "remove it, or set parallel.ep=1"
+            )
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -62,6 +62,14 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         {"parallel.ep": 2, "model.first_k_dense_replace": 4, "mtp.depth": 0},
         ["parallel.ep=2", "no layer with experts"],
     ),
+    (
+        {"parallel.ep": 2, "parallel.dp": 2, "ds": {"zero_optimization": {"contiguous_gradients": False}}},
+        ["ds.zero_optimization.contiguous_gradients=false", "parallel.ep=1"],
+    ),
+    (
+        {"parallel.ep": 2, "parallel.dp": 2, "ds": {"zero_optimization": {"reduce_scatter": False}}},
+        ["ds.zero_optimization.reduce_scatter=false", "parallel.ep=1"],
+    ),
     ({"moe.dispatcher": "deepep"}, ["moe.dispatcher=deepep", "precision=fp32", "precision=bf16", "alltoall"]),
     ({"moe.dispatcher": "deepep", "precision.name": "bf16", "device": "cpu"}, ["device=cpu", "device=cuda"]),
     ({"moe.bias_update_speed_steps": [[100, 0.1], [50, 0]]}, ["moe.bias_update_speed_steps", "[100.0, 50.0]"]),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.parity import (
+    ADAM_EPS,
     ALL_VARIANTS,
     LOSS_BOUND,
     NORM_BOUND,
@@ -202,7 +203,7 @@ class TestUpdate:
                 m, v = 0.9 * m + 0.1 * clipped, 0.95 * v + 0.05 * clipped**2
                 moments[name] = m, v
                 decay = 0.1 if parameter.dim() > 1 else 0.0
-                step_size = (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+                step_size = (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + ADAM_EPS)
                 expected = parameter - row["lr"] * (decay * parameter + step_size)
                 moved = (after[f"param/{name}"].double() - expected).norm() / (expected - parameter).norm().clamp_min(
                     1e-12
