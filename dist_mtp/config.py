@@ -95,6 +95,15 @@ class MoeConfig:
     dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """How tokens travel to experts on other ranks: collectives of torch, or the DeepEP library (GPUs only)."""
 
+    @property
+    def aux_loss_coeffs(self) -> dict[str, float]:
+        """Weight of each auxiliary loss, by the name that metrics have after ``loss_``."""
+        return {
+            "seq_aux": self.seq_aux_loss_coeff,
+            "global_aux": self.global_aux_loss_coeff,
+            "z": self.z_loss_coeff,
+        }
+
     def bias_update_speed_at(self, tokens: int) -> float:
         """gamma after ``tokens`` trained tokens."""
         return _value_at(self.bias_update_speed, self.bias_update_speed_steps, tokens)

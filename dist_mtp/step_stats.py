@@ -10,7 +10,6 @@ import torch
 
 from dist_mtp.config import MoeConfig
 from dist_mtp.model.loss import HeadStats
-from dist_mtp.model.router import AUX_LOSSES
 from dist_mtp.parallel.balance import ExpertLoads
 from dist_mtp.parallel.collectives import all_max, all_sum
 from dist_mtp.parallel.mesh import Mesh
@@ -62,19 +61,19 @@ def reduce_heads(
 def load_metrics(loads: ExpertLoads, moe: MoeConfig) -> Metrics:
     """``load_max_violation`` over all layers, ``load_violation_layer_K`` of each, and the auxiliary losses in use.
 
-    ``dropped_share`` is 0 of all routed tokens: :func:`~dist_mtp.parallel.balance.gather_loads` raises otherwise.
+    ``dropped_share`` is that of all routed rows which experts did not compute: 0, as
+    :func:`~dist_mtp.parallel.balance.gather_loads` raises otherwise.
     """
     violations = loads.violations()
-    result = {"load_max_violation": max(violations.values()), "dropped_share": 0.0}
+    result = {"load_max_violation": max(violations.values()), "dropped_share": loads.dropped_share}
     result |= {f"load_violation_layer_{layer}": violation for layer, violation in violations.items()}
-    coefficients = zip(AUX_LOSSES, (moe.seq_aux_loss_coeff, moe.global_aux_loss_coeff, moe.z_loss_coeff), strict=True)
-    return result | {f"loss_{name}": loads.aux_losses[name] for name, coefficient in coefficients if coefficient}
+    return result | {f"loss_{name}": loads.aux_losses[name] for name, coeff in moe.aux_loss_coeffs.items() if coeff}
 
 
-def reduce_health(waited_s: float, mesh: Mesh) -> Metrics:
-    """``memory_gib`` and, where ranks share experts, ``all_to_all_wait_s``: maxima over all ranks. Collective."""
-    memory, waited = all_max([_peak_memory_gib(mesh.device), waited_s], mesh.device)
-    return {"memory_gib": memory} | ({"all_to_all_wait_s": waited} if mesh.ep > 1 else {})
+def reduce_health(waited_s: float | None, mesh: Mesh) -> Metrics:
+    """``memory_gib`` and, unless it is None, ``all_to_all_wait_s``: maxima over all ranks. Collective."""
+    memory, waited = all_max([_peak_memory_gib(mesh.device), waited_s or 0.0], mesh.device)
+    return {"memory_gib": memory} | ({} if waited_s is None else {"all_to_all_wait_s": waited})
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -19,9 +19,9 @@ from dist_mtp.model.init import initialize
 from dist_mtp.model.moe import attach_dispatcher
 from dist_mtp.model.transformer import LanguageModel
 from dist_mtp.monitor.monitor import Monitor
-from dist_mtp.parallel.balance import ExpertLoads, gather_loads, move_router_biases
+from dist_mtp.parallel.balance import gather_loads, move_router_biases
 from dist_mtp.parallel.collectives import all_max
-from dist_mtp.parallel.dispatch import make_dispatcher
+from dist_mtp.parallel.dispatch import AllToAllDispatcher, make_dispatcher
 from dist_mtp.parallel.engine import Engine
 from dist_mtp.parallel.mesh import Mesh
 from dist_mtp.pipeline.plan import Plan
@@ -68,8 +68,9 @@ class Trainer:
             std=config.model.initializer_range,
             first_expert=self.model.first_expert,
         )
-        self.dispatcher = make_dispatcher(config, mesh)
-        attach_dispatcher(self.model, self.dispatcher)
+        dispatcher = make_dispatcher(config, mesh)
+        attach_dispatcher(self.model, dispatcher)
+        self.traffic = dispatcher.traffic if isinstance(dispatcher, AllToAllDispatcher) else None
         self.engine = Engine(config, self.model, mesh)
         self.stages = {s.index: Stage(s.index, self.model, s.unit_names, self.engine.collect_gradients) for s in mine}
         self.runtime = PipelineRuntime(
@@ -140,8 +141,8 @@ class Trainer:
             dump.add_gradients()
         lr = learning_rate(config.optim, step, config.train.steps)
         grad_norm = self.engine.step(lr)
-        loads, bias_square_sum = self._balance_experts()
-        sent_bytes, waited_s = self.dispatcher.traffic.take()
+        experts, bias_square_sum = self._balance_experts()
+        sent_bytes, waited_s = self.traffic.take() if self.traffic is not None else (0, 0.0)
 
         extra = (bias_square_sum if self.mesh.dp_rank == 0 else 0.0, sent_bytes)
         totals, (bias_square_sum, all_sent_bytes) = reduce_heads(stats, config.mtp.depth + 1, self.mesh, extra)
@@ -161,9 +162,9 @@ class Trainer:
             "mtp_weight": mtp_weight,
             "grad_norm": grad_norm,
             "lr": lr,
-            **({"router_bias_norm": math.sqrt(bias_square_sum), **load_metrics(loads, config.moe)} if loads else {}),
-            **({"all_to_all_bytes": all_sent_bytes} if self.mesh.ep > 1 else {}),
-            **reduce_health(waited_s, self.mesh),
+            **({"router_bias_norm": math.sqrt(bias_square_sum), **experts} if experts else {}),
+            **({"all_to_all_bytes": all_sent_bytes} if self.traffic is not None else {}),
+            **reduce_health(waited_s if self.traffic is not None else None, self.mesh),
             "data_wait_s": data_wait,
             "step_time": time.perf_counter() - started,
         }
@@ -175,6 +176,8 @@ class Trainer:
             self.beat(f"evaluation after step {self.step}, batch {index}")
             batches = self.batches.step("validation", index, self.config.mtp.loss_weight)
             stats += self.runtime.evaluate(batches.micro_batches)
+        if self.traffic is not None:
+            self.traffic.take()  # of no training step
         totals, _ = reduce_heads(stats, self.config.mtp.depth + 1, self.mesh)
         metrics = {f"eval_{name}": value for name, value in totals.metrics().items()}
         if "eval_loss_main" in metrics:
@@ -183,15 +186,15 @@ class Trainer:
             metrics["eval_bits_per_byte"] = metrics["eval_loss_main"] / math.log(2) / bytes_per_token
         return metrics
 
-    def _balance_experts(self) -> tuple[ExpertLoads | None, float]:
+    def _balance_experts(self) -> tuple[Metrics, float]:
         """Count the step's loads and move the router biases; with the square sum of this rank's biases. Collective."""
         config = self.config
         if not config.moe_layers:
-            return None, 0.0
+            return {}, 0.0
         loads = gather_loads(self.model, config, self.mesh)
         self.monitor.expert_loads(self.step, loads.layers, loads.load_LE)
         speed = config.moe.bias_update_speed_at((self.step - 1) * config.tokens_per_step)
-        return loads, move_router_biases(self.model, loads, speed)
+        return load_metrics(loads, config.moe), move_router_biases(self.model, loads, speed)
 
     def _agree_to_stop(self) -> None:
         """One rank's signal stops all of them at the same place. Collective."""

@@ -57,8 +57,8 @@ class Slots:
 
     def weighted_sum(self, rows: Tensor) -> Tensor:
         """The reverse: [T*K, D] sorted by expert -> each token's K rows times their weights, summed in fp32: [T, D]."""
-        rows_TKD = permute(rows, self._inverse, self._order).unflatten(0, self._weights_TK.shape)
-        return (rows_TKD * self._weights_TK[..., None]).sum(dim=1).to(rows.dtype)
+        result: Tensor = _WeightedSum.apply(rows, self._weights_TK, self._inverse.view_as(self._weights_TK))
+        return result
 
 
 class _LocalDispatch:
@@ -121,3 +121,25 @@ class _RowsOfSlots(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
         return grads[0][inverse].unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """One choice at a time, so that nothing larger than [T, D] is ever in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights_TK: Tensor, places_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights_TK, places_TK)
+        y_TD = torch.zeros(len(places_TK), rows.shape[1], dtype=weights_TK.dtype, device=rows.device)
+        for places_T, weights_T in zip(places_TK.unbind(1), weights_TK.unbind(1), strict=True):
+            y_TD += rows[places_T] * weights_T[:, None]
+        return y_TD.to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weights_TK, places_TK = ctx.saved_tensors
+        grad_y_TD = grads[0].to(weights_TK.dtype)
+        grad_rows, grad_weights = torch.empty_like(rows), []
+        for places_T, weights_T in zip(places_TK.unbind(1), weights_TK.unbind(1), strict=True):
+            grad_weights.append((grad_y_TD * rows[places_T]).sum(dim=1))
+            grad_rows[places_T] = (grad_y_TD * weights_T[:, None]).to(rows.dtype)  # each row is one choice of one token
+        return grad_rows, torch.stack(grad_weights, dim=1), None

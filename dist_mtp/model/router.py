@@ -12,8 +12,6 @@ from dist_mtp.config import Config
 from dist_mtp.model.dispatch import Routing
 from dist_mtp.model.norm import at_least_fp32
 
-AUX_LOSSES = ("seq_aux", "global_aux", "z")
-
 
 class Router(nn.Module):
     """Chooses K experts per token, scores in fp32.
@@ -23,7 +21,7 @@ class Router(nn.Module):
 
     What a step leaves behind is counted in the backward, which happens once per microbatch however often its forward is
     recomputed, and not in evaluation: ``load``, the slots that each expert got since the last optimizer step, and
-    ``aux_means``, the unweighted auxiliary losses. ``load_share`` is the previous step's load over its mean.
+    ``aux_means``, the unweighted auxiliary losses in the order of ``MoeConfig.aux_loss_coeffs``. ``load_share`` is the previous step's load over its mean.
     """
 
     e_score_correction_bias: Tensor
@@ -39,13 +37,15 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(experts))
         self.register_buffer("load", torch.zeros(experts, dtype=torch.int64), persistent=False)
         self.register_buffer("load_share", torch.ones(experts), persistent=False)
-        self.register_buffer("aux_means", torch.zeros(len(AUX_LOSSES), dtype=torch.float64), persistent=False)
-        self.aux_coeffs = (config.moe.seq_aux_loss_coeff, config.moe.global_aux_loss_coeff, config.moe.z_loss_coeff)
+        self.register_buffer(
+            "aux_means", torch.zeros(len(config.moe.aux_loss_coeffs), dtype=torch.float64), persistent=False
+        )
+        self.aux_coeffs = config.moe.aux_loss_coeffs
 
     def forward(self, x_BTD: Tensor) -> Routing:
         """Route B * T tokens; the result counts them as one dimension."""
         settings = self.settings
-        logits_BTE = F.linear(at_least_fp32(x_BTD), at_least_fp32(self.weight))
+        logits_BTE: Tensor = _WideLinear.apply(x_BTD, self.weight)
         scores_BTE = logits_BTE.sigmoid() if settings.scoring_func == "sigmoid" else logits_BTE.softmax(dim=-1)
         scores_TE = scores_BTE.flatten(0, 1)
         with torch.no_grad():
@@ -60,7 +60,7 @@ class Router(nn.Module):
         weights_TK = weights_TK * settings.routed_scaling_factor
         if self.training:
             weights_TK = count_in_backward(weights_TK, self.load, counts_E)
-            if any(self.aux_coeffs):
+            if any(self.aux_coeffs.values()):
                 weights_TK = self._add_auxiliary_losses(weights_TK, logits_BTE, scores_BTE)
         return Routing(ids_TK, weights_TK, counts_E)
 
@@ -82,29 +82,49 @@ class Router(nn.Module):
         Each loss is a mean over the rows (or positions) of the global batch; a microbatch adds its share. The engine
         averages gradients over the data replicas, so that share is one in the M microbatches of its own replica.
         """
-        means = torch.stack(self._auxiliary_losses(logits_BTE, scores_BTE)) / self.num_micro_batches
-        total = (means * means.new_tensor(self.aux_coeffs)).sum()
-        weights_TK = count_in_backward(weights_TK, self.aux_means, means.detach().to(self.aux_means.dtype))
-        result: Tensor = _AddLoss.apply(weights_TK, total)
+        means, total = torch.zeros_like(self.aux_means), logits_BTE.new_zeros(())
+        for index, (name, coeff) in enumerate(self.aux_coeffs.items()):
+            if coeff:
+                loss = self._auxiliary_loss(name, logits_BTE, scores_BTE) / self.num_micro_batches
+                means[index] = loss.detach()
+                total = total + coeff * loss
+        result: Tensor = _AddLoss.apply(count_in_backward(weights_TK, self.aux_means, means), total)
         return result
 
-    def _auxiliary_losses(self, logits_BTE: Tensor, scores_BTE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unweighted means over this microbatch, in the order of ``AUX_LOSSES``; the balance losses are 1 in balance.
+    def _auxiliary_loss(self, name: str, logits_BTE: Tensor, scores_BTE: Tensor) -> Tensor:
+        """Unweighted mean over this microbatch; the balance losses are 1 in balance.
 
         The sequence-wise loss is equations 17 to 20 of the report: the K best by the scores alone, without bias and group
         limit. The global loss takes the loads of the step before, as those of this step are only known at its end.
         """
-        num_experts, top_k = scores_BTE.shape[-1], self.settings.num_experts_per_tok
+        if name == "z":
+            return logits_BTE.logsumexp(dim=-1).square().mean()
         # P_i of each row: mean of the scores, normalised per token (softmax scores are already).
         shares_BE = (scores_BTE / (scores_BTE.sum(dim=-1, keepdim=True) + 1e-20)).mean(dim=1)
+        if name == "global_aux":
+            return (self.load_share * shares_BE).sum(dim=-1).mean()
+        num_experts, top_k = scores_BTE.shape[-1], self.settings.num_experts_per_tok
         with torch.no_grad():
             best = scores_BTE.topk(top_k, dim=-1, sorted=False).indices
             chosen_BE = torch.zeros_like(scores_BTE).scatter_(-1, best, 1.0).mean(dim=1)
             frequencies_BE = chosen_BE * (num_experts / top_k)
-        seq_aux = (frequencies_BE * shares_BE).sum(dim=-1).mean()
-        global_aux = (self.load_share * shares_BE).sum(dim=-1).mean()
-        z = logits_BTE.logsumexp(dim=-1).square().mean()
-        return seq_aux, global_aux, z
+        return (frequencies_BE * shares_BE).sum(dim=-1).mean()
+
+
+class _WideLinear(torch.autograd.Function):
+    """``x @ weight^T`` in fp32 from inputs that may be narrower, and are kept as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(at_least_fp32(x), at_least_fp32(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_x = (grads[0] @ at_least_fp32(weight)).to(x.dtype)
+        grad_weight = (grads[0].flatten(0, -2).t() @ at_least_fp32(x).flatten(0, -2)).to(weight.dtype)
+        return grad_x, grad_weight
 
 
 def count_in_backward(x: Tensor, total: Tensor, amount: Tensor) -> Tensor:

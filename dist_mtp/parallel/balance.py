@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dist_mtp.config import Config
 from dist_mtp.model.moe import MoE
-from dist_mtp.model.router import AUX_LOSSES
 from dist_mtp.parallel.mesh import Mesh
 
 
@@ -18,12 +17,14 @@ from dist_mtp.parallel.mesh import Mesh
 class ExpertLoads:
     """One step's loads over the whole global batch; the same on all ranks.
 
-    ``load_LE``: float64 [layers, E], slots that each expert got. ``layers``: their layers' indices, MTP modules after the
-    trunk. ``aux_losses``: unweighted auxiliary losses by name, the mean over the layers.
+    ``load_LE``: float64 [layers, E], rows that each expert was sent. ``layers``: their layers' indices, MTP modules after the
+    trunk. ``dropped_share``: rows that experts did not compute. ``aux_losses``: unweighted auxiliary losses by name, the mean
+    over the layers.
     """
 
     layers: tuple[int, ...]
     load_LE: Tensor
+    dropped_share: float
     aux_losses: dict[str, float]
 
     def violations(self) -> dict[int, float]:
@@ -37,28 +38,34 @@ def gather_loads(model: nn.Module, config: Config, mesh: Mesh) -> ExpertLoads:
     """Sum what routers and experts have counted over all microbatches and ranks, and let them count anew. Collective.
 
     Raises:
-        RuntimeError: on all ranks, some experts computed another number of rows than tokens were sent to them.
+        RuntimeError: on all ranks, an expert computed another number of rows than it was sent.
     """
-    layers, experts = config.moe_layers, config.model.n_routed_experts
+    layers, experts, names = config.moe_layers, config.model.n_routed_experts, list(config.moe.aux_loss_coeffs)
     # Counts in float64 are exact, so that one collective carries everything: sent, processed, auxiliary losses.
-    counted = torch.zeros(len(layers), 2 * experts + len(AUX_LOSSES), dtype=torch.float64, device=mesh.device)
+    parts = (experts, experts, len(names))
+    counted = torch.zeros(len(layers), sum(parts), dtype=torch.float64, device=mesh.device)
     held = slice(mesh.expert_rank * config.experts_per_rank, (mesh.expert_rank + 1) * config.experts_per_rank)
     for layer, moe in _moe_layers(model):
-        sent, processed, aux = counted[layers.index(layer)].split((experts, experts, len(AUX_LOSSES)))
+        sent, processed, aux = counted[layers.index(layer)].split(parts)
         sent.copy_(moe.gate.load)
         processed[held] = moe.experts.processed.double()
         aux.copy_(moe.gate.aux_means / mesh.dp)
         for counter in (moe.gate.load, moe.experts.processed, moe.gate.aux_means):
             counter.zero_()
     dist.all_reduce(counted)
-    sent_LE, processed_LE, aux_LA = counted.split((experts, experts, len(AUX_LOSSES)), dim=1)
-    if not torch.equal(sent_LE, processed_LE):
-        row = int((sent_LE != processed_LE).any(dim=1).nonzero()[0])
+    sent_LE, processed_LE, aux_LA = counted.split(parts, dim=1)
+    missing_LE = sent_LE - processed_LE
+    # A module that several MTP depths share has run once for each.
+    runs_L = sent_LE.sum(dim=1) / (config.tokens_per_step * config.model.num_experts_per_tok)
+    aux_A = (aux_LA / runs_L[:, None]).mean(dim=0)
+    lost, dropped, *aux_losses = torch.cat((missing_LE.abs().sum()[None], missing_LE.sum()[None], aux_A)).tolist()
+    if lost:
+        row, expert = missing_LE.nonzero()[0].tolist()
         raise RuntimeError(
-            f"layer {layers[row]}: {sent_LE[row].sum():.0f} rows were sent to experts, which computed "
-            f"{processed_LE[row].sum():.0f}: a dispatcher lost or doubled tokens"
+            f"layer {layers[row]}: expert {expert} was sent {sent_LE[row, expert]:.0f} rows and computed "
+            f"{processed_LE[row, expert]:.0f}: moe.dispatcher={config.moe.dispatcher} lost or doubled tokens"
         )
-    return ExpertLoads(layers, sent_LE, dict(zip(AUX_LOSSES, aux_LA.mean(dim=0).tolist(), strict=True)))
+    return ExpertLoads(layers, sent_LE, dropped / float(sent_LE.sum()), dict(zip(names, aux_losses, strict=True)))
 
 
 @torch.no_grad()
@@ -70,15 +77,15 @@ def move_router_biases(model: nn.Module, loads: ExpertLoads, speed: float) -> fl
     Returns:
         The squared L2 norm of this rank's biases after the move.
     """
-    square_sum = 0.0
+    square_sum = loads.load_LE.new_zeros(())
     for layer, moe in _moe_layers(model):
         load_E = loads.load_LE[loads.layers.index(layer)]
         mean = load_E.mean()
         bias = moe.gate.e_score_correction_bias
         bias += speed * (mean - load_E).sign().to(bias.dtype)
         moe.gate.load_share.copy_(load_E / mean)
-        square_sum += float(bias.double().square().sum())
-    return square_sum
+        square_sum += bias.double().square().sum()
+    return float(square_sum)
 
 
 def _moe_layers(model: nn.Module) -> list[tuple[int, MoE]]:

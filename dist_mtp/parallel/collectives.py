@@ -59,11 +59,14 @@ def from_rank_0(work: Callable[[], str], device: torch.device, *, group: dist.Pr
     raise refusal(text)
 
 
-def check_same_hash(digest: str, device: torch.device, what: str) -> None:
+def check_same_hash(
+    digest: str, device: torch.device, what: str, fix: str = "start all ranks with the same arguments"
+) -> None:
     """Refuse to go on when ranks disagree.
 
     Args:
         digest: hexadecimal SHA-256 of ``what`` on this rank.
+        fix: what a user does about it.
 
     Raises:
         ConfigError: on every rank, naming the ranks that differ from rank 0.
@@ -73,4 +76,4 @@ def check_same_hash(digest: str, device: torch.device, what: str) -> None:
     dist.all_gather(gathered, own)
     differing = [rank for rank, other in enumerate(gathered) if not torch.equal(other, gathered[0])]
     if differing:
-        raise ConfigError(f"ranks {differing} have another {what} than rank 0: start all ranks with the same arguments")
+        raise ConfigError(f"ranks {differing} have another {what} than rank 0: {fix}")

@@ -8,13 +8,12 @@ from torch import Tensor
 
 from dist_mtp.config import Config
 from dist_mtp.model.dispatch import Dispatch, Routing
-from dist_mtp.parallel.traffic import Traffic
 
 
 class DeepEPDispatcher:
     """Sends each token once per rank that holds any of its experts, and sums there what comes back to one row.
 
-    DeepEP copies tokens to the rows of their experts on arrival and travels within its own kernels, so ``traffic`` stays 0;
+    DeepEP copies tokens to the rows of their experts on arrival and travels within its own kernels, so nothing is measured;
     it asks the host for the number of rows once per layer, as the all-to-all does.
 
     Rows of one expert arrive in any order, another one in each dispatch: equal runs differ by rounding, and a layer that is
@@ -28,7 +27,6 @@ class DeepEPDispatcher:
     def __init__(self, config: Config, group: dist.ProcessGroup) -> None:
         from deepspeed.module_inject import auto_ep_comm
 
-        self.traffic = Traffic()
         dist.barrier(group=group)  # DeepEP joins the communicator, which NCCL creates with the first collective
         self.exchange = auto_ep_comm.shared_exchange(
             scope=0,

@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_mtp.config import Config
+from dist_mtp.errors import ConfigError
 from dist_mtp.model.dispatch import Dispatch, Dispatcher, LocalDispatcher, Routing, Slots, inverse_permutation, permute
 from dist_mtp.parallel.mesh import Mesh
 from dist_mtp.parallel.traffic import Traffic
 
 
-class TrafficDispatcher(Dispatcher, Protocol):
-    """A dispatcher that knows what it has sent."""
+def make_dispatcher(config: Config, mesh: Mesh) -> Dispatcher:
+    """The dispatcher that ``moe.dispatcher`` names, or the local one where ranks share no experts.
 
-    traffic: Traffic
-
-
-def make_dispatcher(config: Config, mesh: Mesh) -> TrafficDispatcher:
-    """The dispatcher that ``moe.dispatcher`` names, or the local one where ranks share no experts."""
+    Raises:
+        ConfigError: ``deepep`` without a GPU.
+    """
     if mesh.expert_group is None:
-        return NoTraffic()
+        return LocalDispatcher()
     if config.moe.dispatcher == "deepep":
+        if mesh.device.type != "cuda":
+            raise ConfigError(
+                "moe.dispatcher=deepep moves tokens between GPUs, but this run trains on the CPU: use moe.dispatcher=alltoall"
+            )
         from dist_mtp.parallel.deepep import DeepEPDispatcher
 
         return DeepEPDispatcher(config, mesh.expert_group)
     return AllToAllDispatcher(mesh.expert_group)
-
-
-class NoTraffic(LocalDispatcher):
-    def __init__(self) -> None:
-        self.traffic = Traffic()
 
 
 class AllToAllDispatcher:
@@ -62,11 +60,13 @@ class _AllToAllDispatch:
         self._slots = Slots(routing)
         sent_RE = routing.counts_E.view(ranks, -1)
         self._received_RE = torch.empty_like(sent_RE)
-        dist.all_to_all_single(self._received_RE, sent_RE, group=dispatcher.group)
+        sizes = dist.all_to_all_single(self._received_RE, sent_RE, group=dispatcher.group, async_op=True)
+        rows = self._slots.rows(x_TD)  # meanwhile
+        dispatcher.traffic.wait(sizes, x_TD.device)
         # The collective wants its sizes on the host: one copy per layer, whatever the number of experts.
         self._sent, self._received = torch.stack((sent_RE.sum(dim=1), self._received_RE.sum(dim=1))).tolist()
         self._outward = Exchange(dispatcher, self._sent, self._received)
-        self._arriving = self._outward.start(self._slots.rows(x_TD))
+        self._arriving = self._outward.start(rows)
 
     def receive(self) -> tuple[Tensor, Tensor]:
         rows = self._outward.finish(self._arriving)
@@ -98,7 +98,7 @@ class Exchange:
     def __init__(self, dispatcher: AllToAllDispatcher, sent: Sequence[int], received: Sequence[int]) -> None:
         self._group, self._traffic = dispatcher.group, dispatcher.traffic
         self.sent, self.received = list(sent), list(received)
-        self._travelling: tuple[dist.Work, Tensor] | None = None
+        self._travelling: tuple[dist.Work | None, Tensor] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
         """Rows sorted by destination leave. The result is filled when :meth:`finish` has returned it, not before."""
@@ -114,7 +114,6 @@ class Exchange:
         rows = rows.contiguous()
         arriving = rows.new_empty(sum(received), rows.shape[1])
         work = dist.all_to_all_single(arriving, rows, received, sent, group=self._group, async_op=True)
-        assert work is not None
         others = sum(sent) - sent[dist.get_rank(self._group)]
         self._traffic.sent_bytes += others * rows.shape[1] * rows.element_size()
         self._travelling = work, arriving

@@ -30,6 +30,8 @@ _VECTOR_ANCHOR, _EXPERT_ANCHOR = "anchor", "expert_anchor"
 _ANCHORS = (_VECTOR_ANCHOR, f"{_EXPERT_ANCHOR}.weight")
 """Names of inert parameters that only keep groups of parameters equal on all ranks."""
 
+_REPORT = "DeepSpeed would hang in the first step; this is a bug of dist_mtp, please report it with config.yaml"
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -271,7 +273,7 @@ def check_equal_groups(groups: Sequence[Mapping[str, Any]], mesh: Mesh) -> None:
         ConfigError: on all ranks, naming those whose groups differ from rank 0's.
     """
     names = "\n".join(f"{group['name']}: {'empty' if not group['params'] else 'present'}" for group in groups)
-    check_same_hash(hashlib.sha256(names.encode()).hexdigest(), mesh.device, "set of optimizer groups")
+    check_same_hash(hashlib.sha256(names.encode()).hexdigest(), mesh.device, "set of optimizer groups", _REPORT)
 
 
 def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:

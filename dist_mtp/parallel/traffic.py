@@ -16,8 +16,9 @@ class Traffic:
         self._waited_s = 0.0
         self._stream_waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def wait(self, work: dist.Work, device: torch.device) -> None:
+    def wait(self, work: dist.Work | None, device: torch.device) -> None:
         """Wait for a collective, and count the time: on CUDA that of the stream, as the host goes on."""
+        assert work is not None, "collectives are asynchronous here, and every rank is in its group"
         if device.type == "cuda":
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_mtp.config import Config, MoeConfig, ParallelConfig
+from dist_mtp.model.dispatch import Dispatcher
 from dist_mtp.model.init import initialize
 from dist_mtp.model.moe import MoE, attach_dispatcher
-from dist_mtp.parallel.dispatch import TrafficDispatcher, make_dispatcher
+from dist_mtp.parallel.deepep import DeepEPDispatcher
+from dist_mtp.parallel.dispatch import AllToAllDispatcher, make_dispatcher
 from dist_mtp.parallel.mesh import Mesh, init_process_group, make_mesh
 from dist_mtp.precision.weight_grads import WeightGradQueue, attach_queue, run
 
@@ -31,7 +33,7 @@ WORLD_SIZE = 4
 DEGREES = (2, 4)
 """Ranks that share experts; with 2 there are two groups of the same experts."""
 Tensors = dict[str, Tensor]
-Dispatchers = Mapping[int, TrafficDispatcher]
+Dispatchers = Mapping[int, Dispatcher]
 """By expert-parallel degree."""
 
 
@@ -83,7 +85,10 @@ def world_with_deepep(folder: Path) -> None:
     meshes = {ep: make_mesh(config_for(ep), device) for ep in DEGREES}
     results: dict[str, Any] = {"cases": {}, "received": {}}
     for fake_deep_ep.padding in (0, 5):
-        dispatchers = {ep: make_dispatcher(config_for(ep, dispatcher="deepep"), mesh) for ep, mesh in meshes.items()}
+        dispatchers: dict[int, Dispatcher] = {}
+        for ep, mesh in meshes.items():
+            assert mesh.expert_group is not None
+            dispatchers[ep] = DeepEPDispatcher(config_for(ep, dispatcher="deepep"), mesh.expert_group)
         for name in DEEPEP_CASES:
             results["cases"][name, fake_deep_ep.padding] = run_case(CASES[name], meshes, dispatchers)
         for ep, dispatcher in dispatchers.items():
@@ -97,7 +102,7 @@ def config_for(ep: int, dispatcher: Literal["alltoall", "deepep"] = "alltoall", 
     return dataclasses.replace(config_of(**model), parallel=parallel, moe=MoeConfig(dispatcher=dispatcher))
 
 
-def build_layer(case: Case, mesh: Mesh | None, dispatcher: TrafficDispatcher | None = None) -> MoE:
+def build_layer(case: Case, mesh: Mesh | None, dispatcher: Dispatcher | None = None) -> MoE:
     """This rank's part of a layer that has the same weights whatever the mesh; the whole layer without one."""
     config = config_for(mesh.ep if mesh else 1, **case.model)
     layer = MoE(config)
@@ -152,11 +157,12 @@ def run_case(case: Case, meshes: Mapping[int, Mesh], dispatchers: Dispatchers | 
         layer = build_layer(case, mesh, dispatchers and dispatchers[ep])
         results[f"ep {ep}"] = measure(layer, *batch)
         results[f"counts {ep}"] = {"load": layer.gate.load, "processed": layer.experts.processed}
-        results[f"sent bytes {ep}"] = layer.dispatcher.traffic.take()[0]
+        if isinstance(layer.dispatcher, AllToAllDispatcher):
+            results[f"sent bytes {ep}"] = layer.dispatcher.traffic.take()[0]
     return results
 
 
-def run_variations(mesh: Mesh, dispatcher: TrafficDispatcher | None = None) -> dict[str, Tensors]:
+def run_variations(mesh: Mesh, dispatcher: Dispatcher | None = None) -> dict[str, Tensors]:
     """The same layer and tokens, computed in other ways; all but the pipelined ones should equal ``plain``."""
     layer = build_layer(ORDINARY, mesh, dispatcher)
     batches = [tokens_of(ORDINARY, microbatch) for microbatch in range(2)]
@@ -172,7 +178,7 @@ def run_variations(mesh: Mesh, dispatcher: TrafficDispatcher | None = None) -> d
     return results
 
 
-def receive(dispatcher: TrafficDispatcher) -> tuple[Tensor, Tensor]:
+def receive(dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
     """The rows that arrive for this rank's experts, and the end of each expert's."""
     x, _ = tokens_of(ORDINARY)
     return dispatcher.dispatch(x.flatten(0, 1), build_layer(ORDINARY, None).gate(x)).receive()
