@@ -80,7 +80,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """How experts are kept in balance and reached. Their number and sizes are in ``model``."""
+    """How experts are kept in balance and reached. Their number and sizes are in ``model``.
+
+    Auxiliary losses are added for every MoE layer, MTP modules included (one that depths share counts once per depth).
+    """
 
     bias_update_speed: float = 0.001
     """gamma: step of the load-balancing bias at the first token (arXiv 2408.15664); 0 freezes it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.expert_worlds import CASES, DEGREES, EXPERTS, WORLD_SIZE, config_for
+from support.expert_worlds import CASES, DEGREES, EXPERTS, LATE_S, WORLD_SIZE, config_for
 from support.ranks import run_ranks
 from support.whole_layer import BF16_BOUND, FP32_BOUND, RANKS, assert_equals_whole_layer, group_of, relative_difference
 
@@ -117,6 +117,16 @@ class TestOperations:
         expected = {} if ep == 1 else {"tolist": 1}
         wrong = {key: each for key, each in waits.items() if each != expected}
         assert not wrong, f"waits of the host by rank, experts and tokens: {wrong}, expected {expected}"
+
+
+class TestWaiting:
+    """The time in all-to-alls has in it that of waiting for a rank that comes late, in the forward and in the backward."""
+
+    @pytest.mark.parametrize("phase", ["forward", "backward"])
+    def test_late_rank(self, ranks: list[dict[str, Any]], phase: str) -> None:
+        waited = ranks[0]["waits"][phase]
+        assert waited > LATE_S / 2, f"rank 0 counted {waited} s of about {LATE_S}"
+        assert ranks[1]["waits"][phase] < waited, "the late rank found its peer waiting"
 
 
 class TestAgainstAutoEP:

@@ -39,6 +39,7 @@ from support.worlds import (
     DENSE_RANK_LAYOUTS,
     DENSE_RANK_VARIANTS,
     EVALUATED,
+    EVALUATED_LAYOUTS,
     EXPERT_VARIANTS,
     FOUR_RANK_EXPERT_LAYOUTS,
     FOUR_RANK_VARIANTS,
@@ -48,6 +49,8 @@ from support.worlds import (
     TINY_STEPS,
     evaluated,
 )
+
+from dist_mtp.monitor.metrics import comparable
 
 CLIP_NORM = 0.5
 HIDDEN_SHAPE = (1, 24, 32)
@@ -163,13 +166,17 @@ class TestExpertParallelism:
 class TestEvaluation:
     """Evaluating before every step changes no bit of training, and under every schedule it is the same computation."""
 
-    @pytest.mark.parametrize("layout", layouts(2), ids=str)
+    @pytest.mark.parametrize("layout", EVALUATED_LAYOUTS, ids=str)
     def test_leaves_training_alone(self, folder: Path, layout: Layout) -> None:
         with_evaluation, without = run_of(folder, layout, evaluated(layout)), run_of(folder, layout, EVALUATED)
         for step in (1, STEPS):
             ours, theirs = (load_file(p / "dumps" / f"step_{step}.safetensors") for p in (with_evaluation, without))
             different = [name for name in theirs if not ours[name].equal(theirs[name])]
             assert not different, f"step {step}: evaluation changed {different}"
+        rows, others = (json.loads((path / "rows.json").read_text()) for path in (with_evaluation, without))
+        for row, other in zip(rows, others, strict=True):
+            changed = [key for key in comparable(other) if row[key] != other[key]]
+            assert not changed, f"step {other['step']}: evaluation changed {changed}"
 
     def test_agrees_between_layouts(self, folder: Path) -> None:
         losses = {}

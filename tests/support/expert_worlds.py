@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,7 @@ CASES = {
     "bf16": Case(tokens=(30, 20, 10, 25), dtype=torch.bfloat16),
 }
 DEEPEP_CASES = ("ordinary", "empty experts", "uneven", "bf16")
+LATE_S = 1.0
 EXPERTS = (8, 64, 256)
 """Numbers of experts for which operations are counted."""
 
@@ -72,6 +74,7 @@ def world_of_4(folder: Path) -> None:
             "cases": {name: run_case(case, meshes) for name, case in CASES.items()},
             "variations": {ep: run_variations(mesh) for ep, mesh in meshes.items()},
             "operations": {(ep, n): count_operations(meshes.get(ep), n) for ep in (1, *DEGREES) for n in EXPERTS},
+            "waits": wait_for_late_rank(meshes[2]),
             "autoep": run_autoep(meshes[2]),
         },
         folder / f"rank_{dist.get_rank()}.pt",
@@ -222,11 +225,31 @@ def count_operations(mesh: Mesh | None, experts: int) -> dict[str, dict[str, int
     for name, tokens in (("few", 3), ("many", 50)):
         case = Case(tokens=(tokens,) * WORLD_SIZE, model={"n_routed_experts": experts})
         layer, (x, grad_y) = build_layer(case, mesh), tokens_of(case)
+        layer.gate.aux_coeffs = dict.fromkeys(layer.gate.aux_coeffs, 0.1)
         x.requires_grad_()
         with CountOperations() as counted:
             layer(x).backward(grad_y)
         counts[name] = {"operations": counted.total, **counted.waits}
     return counts
+
+
+def wait_for_late_rank(mesh: Mesh) -> dict[str, float]:
+    """Seconds that this rank counts as waiting in a forward and in a backward to which rank 1 comes ``LATE_S`` late."""
+    layer, (x, grad_y) = build_layer(ORDINARY, mesh), tokens_of(ORDINARY)
+    assert isinstance(layer.dispatcher, AllToAllDispatcher)
+    waits = {}
+
+    def late(phase: str, work: Callable[[], Any]) -> Any:
+        dist.barrier()
+        if dist.get_rank() == 1:
+            time.sleep(LATE_S)
+        result = work()
+        waits[phase] = layer.dispatcher.traffic.take()[1]
+        return result
+
+    y = late("forward", lambda: layer(x.requires_grad_()))
+    late("backward", lambda: y.backward(grad_y))
+    return waits
 
 
 def run_autoep(mesh: Mesh) -> dict[str, Tensors]:

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 HOST_METHODS = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu")
 """Methods of a tensor that make the host wait for a GPU; some read a CPU tensor without any operation."""
-HOST_OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "equal")
-"""Operations that do, besides indexing by a mask and a ``repeat_interleave`` that must find its size."""
+HOST_OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "equal", "lift_fresh")
+"""Operations that do (``lift_fresh`` makes a tensor from Python numbers, which a copy then takes to the device), besides indexing by a mask and a ``repeat_interleave`` that must find its size."""
 
 
 class CountOperations(TorchDispatchMode):

@@ -34,7 +34,8 @@ from support.parity import (
 
 FOUR_RANK_VARIANTS = (Variant(1), Variant(2, tied=True), Variant(3))
 EVALUATED = Variant(2)
-"""Evaluated before each step in every layout of two ranks."""
+"""Evaluated before each step."""
+EVALUATED_LAYOUTS = (*layouts(2), Layout("v", "zbv", 1, 2, 2))
 ODD_MICROBATCHES = {
     Layout("v", "zbv", 2): (1, 2, 5),
     Layout("v", "gpipe", 2): (1, 5),
@@ -129,6 +130,7 @@ def world_of_2(folder: Path) -> None:
     for layout in layouts(2):
         for variant in ALL_VARIANTS:
             _run_observed(folder, layout, variant)
+    for layout in EVALUATED_LAYOUTS:
         run_steps(make_config(folder, layout, evaluated(layout)), evaluate_between=True)
     for layout, counts in ODD_MICROBATCHES.items():
         for count in counts:
