@@ -1,6 +1,6 @@
 """The full parity matrix: every layout of 2, 4 and 8 ranks, pipelines, replicas and shared experts, against one process.
 
-    python benchmarks/parity.py            # about eight minutes on two cores; `make parity`
+    python benchmarks/parity.py            # about ten minutes on two cores; `make parity`
 
 Each run trains three steps in fp32 on the small model of ``tests/support/parity.py``: every MTP depth, tied and untied, and
 all ways to balance experts. The first table gives, per layout, the worst relative difference from the single process over
