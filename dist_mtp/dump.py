@@ -47,7 +47,8 @@ class StepDump:
             losses: nats per target of the main head and of each MTP depth.
         """
         self._path.parent.mkdir(exist_ok=True)
-        if self._mesh.dp_rank < self._mesh.ep:
+        # Of ranks that share experts, all but the first have nothing to add to a pipeline rank without experts.
+        if self._tensors and self._mesh.dp_rank < self._mesh.ep:
             write_tensors(self._part(self._mesh.pp_rank, self._mesh.expert_rank), self._tensors, {})
         dist.barrier()
         if self._mesh.rank == 0:
@@ -55,6 +56,8 @@ class StepDump:
             for depth, loss in enumerate(losses):
                 merged["loss/main" if depth == 0 else f"loss/mtp_{depth}"] = torch.tensor(loss, dtype=torch.float64)
             for part in itertools.starmap(self._part, itertools.product(range(self._mesh.pp), range(self._mesh.ep))):
+                if not part.exists():
+                    continue
                 with safe_open(part, framework="pt") as tensors:
                     merged |= {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not a dict)
                 part.unlink()
