@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_mtp.config import Config
 from dist_mtp.model.moe import MoE
+from dist_mtp.model.transformer import LanguageModel
 from dist_mtp.parallel.mesh import Mesh
 
 
@@ -34,7 +35,7 @@ class ExpertLoads:
 
 
 @torch.no_grad()
-def gather_loads(model: nn.Module, config: Config, mesh: Mesh) -> ExpertLoads:
+def gather_loads(model: LanguageModel, config: Config, mesh: Mesh) -> ExpertLoads:
     """Sum what routers and experts have counted over all microbatches and ranks, and let them count anew. Collective.
 
     Raises:
@@ -44,7 +45,7 @@ def gather_loads(model: nn.Module, config: Config, mesh: Mesh) -> ExpertLoads:
     # Counts in float64 are exact, so that one collective carries everything: sent, processed, auxiliary losses.
     parts = (experts, experts, len(names))
     counted = torch.zeros(len(layers), sum(parts), dtype=torch.float64, device=mesh.device)
-    held = slice(mesh.expert_rank * config.experts_per_rank, (mesh.expert_rank + 1) * config.experts_per_rank)
+    held = slice(model.first_expert, model.first_expert + config.experts_per_rank)
     for layer, moe in _moe_layers(model):
         sent, processed, aux = counted[layers.index(layer)].split(parts)
         sent.copy_(moe.gate.load)

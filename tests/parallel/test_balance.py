@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from model.model_cases import batch_of, build, config_of, gradients, random_ids
 from torch import Tensor
 
@@ -20,17 +18,10 @@ from dist_mtp.model.naming import routers
 from dist_mtp.model.transformer import LanguageModel
 from dist_mtp.parallel.balance import ExpertLoads, gather_loads, move_router_biases
 
-MESH: Any = SimpleNamespace(dp=1, expert_rank=0, device=torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("world_of_one")
+MESH: Any = SimpleNamespace(dp=1, device=torch.device("cpu"))
 LAYERS = (1, 2, 3)
 """Two trunk layers and one MTP module."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def one_microbatch(depth: int = 1, **mtp: Any) -> Config:

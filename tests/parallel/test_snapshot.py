@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dist_mtp.checkpoint.format import TensorSlice
@@ -19,18 +17,11 @@ from dist_mtp.config import Config, from_mapping, to_dict
 from dist_mtp.errors import CheckpointError
 from dist_mtp.snapshot import CHECKPOINTS, restore_newest
 
+pytestmark = pytest.mark.usefixtures("world_of_one")
 MESH: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 ENGINE: Any = SimpleNamespace(
     all_fragments=list, named_parameters=list, model=nn.Module(), set_optimizer_step=lambda step: None
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def world_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture
