@@ -3,6 +3,7 @@
 # make check      lint, formatting and types
 # make plan       stages, balance and predicted bubble of a configuration
 # make parity     every layout against one process (benchmarks/parity.py)
+# make gpu-check  tests that need a GPU, and FP8 against bf16 on it (benchmarks/gpu_precision.py)
 # make clean      remove .venv and caches; runs/, sweeps/ and data/ stay
 #
 # ARGS are passed on: make train ARGS="mtp.depth=2 run.name=two-depths", make test ARGS="tests/model -x".
@@ -16,10 +17,12 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 READY := $(VENV)/.ready
+# CUDA builds of torch bring their own; beside a CPU build its interpreter tests our kernels.
+TRITON := triton==3.6.0
 
 # Two pips must not write to one environment at a time, whatever -j says.
 .NOTPARALLEL:
-.PHONY: help train test check plan parity clean
+.PHONY: help train test check plan parity gpu-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -41,6 +44,11 @@ plan: $(READY)-train
 parity: $(READY)-test
 	$(BIN)/python benchmarks/parity.py $(ARGS)
 
+gpu-check: $(READY)-test
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit(f'not run: torch {torch.__version__} finds no GPU here')"
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python benchmarks/gpu_precision.py
+
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build *.egg-info
 
@@ -57,4 +65,5 @@ $(READY)-dev: EXTRAS := dev
 $(READY)-train $(READY)-test $(READY)-dev: $(READY)-torch pyproject.toml
 	@echo "installing dist-mtp[$(EXTRAS)]"
 	$(INSTALL) --editable '.[$(EXTRAS)]'
+	$(if $(findstring test,$@),@$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) $(TRITON))
 	@touch $@

@@ -179,7 +179,24 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    name: Literal["fp32", "bf16"] = "fp32"
+    """Weights, activations and matrix products. Under ``bf16`` and ``fp8`` master weights and sums of gradients are fp32.
+
+    ``fp8`` is ``bf16`` with the products of linear layers and experts in E4M3 (arXiv 2412.19437, section 3.3).
+    """
+
+    name: Literal["fp32", "bf16", "fp8"] = "fp32"
+    fp8_backend: Literal["auto", "emulated", "torch", "deep_gemm"] = "auto"
+    """What multiplies in FP8: kernels of torch and Triton, the DeepGEMM library, or plain torch operations on any device.
+    ``auto``: torch's where they run, else emulated."""
+    fp8_power_of_two_scales: bool = False
+    """Round all scales up to powers of two."""
+    fp8_keep_bf16: tuple[str, ...] = ()
+    """Patterns of layers that multiply in BF16, such as ``model.layers.0.*`` or ``*.experts``. Embedding, output head,
+    router, norms and attention scores always do, or in fp32."""
+    fp8_dispatch: bool = False
+    """Send tokens, and gradients, to experts on other ranks in FP8; what experts return travels in BF16."""
+    fp8_statistics_every: int = 10
+    """Steps between measurements of underflow, saturation, error and scales; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +214,9 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Not applied to norm weights."""
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which the two moments are kept between steps (master weights are always fp32); bf16 is DeepSeek-V3's choice
+    (arXiv 2412.19437, section 3.3.3), needs betas of at most 0.996 and saves 4 bytes per parameter."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 never clips."""
 
@@ -310,6 +330,11 @@ class Config:
     @property
     def dp(self) -> int:
         return self.parallel.dp or 1
+
+    @property
+    def is_mixed_precision(self) -> bool:
+        """Whether weights and activations are bf16, beside fp32 master weights."""
+        return self.precision.name != "fp32"
 
     @property
     def experts_per_rank(self) -> int:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dist_mtp.errors import ConfigError
+from dist_mtp.linear_names import OUTPUT_HEAD, linear_names
 from dist_mtp.typed_config import nearest
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ DERIVED_DEEPSPEED_KEYS = {
     "train_batch_size": "use train.micro_batches, train.micro_batch_size and parallel.dp",
     "gradient_clipping": "use optim.clip_norm",
     "optimizer": "use optim.*",
+    "zero_allow_untested_optimizer": "use optim.moment_dtype",
     "scheduler": "use optim.warmup_steps and optim.decay_steps",
     "bf16": "use precision",
     "fp16": "use precision=bf16",
@@ -70,6 +73,7 @@ def check(config: Config) -> None:
     _check_model(config.model)
     _check_pipeline(config)
     _check_experts(config)
+    _check_precision(config)
     _check_training(config)
 
 
@@ -136,6 +140,7 @@ def _check_positive(config: Config) -> None:
         "optim.decay_steps": config.optim.decay_steps,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip_norm": config.optim.clip_norm,
+        "precision.fp8_statistics_every": config.precision.fp8_statistics_every,
         "moe.bias_update_speed": config.moe.bias_update_speed,
         "moe.seq_aux_loss_coeff": config.moe.seq_aux_loss_coeff,
         "moe.global_aux_loss_coeff": config.moe.global_aux_loss_coeff,
@@ -160,6 +165,14 @@ def _check_positive(config: Config) -> None:
     for key, number in {"optim.beta1": config.optim.beta1, "optim.beta2": config.optim.beta2}.items():
         if not 0 <= number < 1:
             raise ConfigError(f"{key}={number} must be at least 0 and less than 1")
+        # A moment whose gradient is 0 shrinks by 1 - beta of itself. The next bf16 number is up to 2^-7 of itself away, and
+        # rounding to nearest undoes what is less than half of that.
+        if config.optim.moment_dtype == "bf16" and 1 - number < 2**-8:
+            raise ConfigError(
+                f"{key}={number} lets a moment shrink by {1 - number:.2g} of itself in a step, but optim.moment_dtype=bf16 "
+                f"rounds changes below 2^-8 = {2**-8:.4f} away, and moments may never decay: use at most {key}=0.996, or "
+                "optim.moment_dtype=fp32"
+            )
     if not 0 <= config.optim.min_lr_ratio <= 1:
         raise ConfigError(
             f"optim.min_lr_ratio={config.optim.min_lr_ratio} must lie between 0 and 1, as a share of optim.lr"
@@ -253,6 +266,39 @@ def _check_experts(config: Config) -> None:
             f"device={config.device}: set precision=bf16 and device=cuda, or moe.dispatcher=alltoall"
         )
     _check_steps("moe.bias_update_speed_steps", config.moe.bias_update_speed_steps)
+
+
+def _check_precision(config: Config) -> None:
+    precision = config.precision
+    changed = {
+        "fp8_backend": precision.fp8_backend != "auto",
+        "fp8_power_of_two_scales": precision.fp8_power_of_two_scales,
+        "fp8_keep_bf16": bool(precision.fp8_keep_bf16),
+        "fp8_dispatch": precision.fp8_dispatch,
+    }
+    for key in (key for key, is_changed in changed.items() if is_changed and precision.name != "fp8"):
+        raise ConfigError(
+            f"precision.{key}={getattr(precision, key)} has no effect with precision={precision.name}: set precision=fp8, or "
+            "remove it"
+        )
+    if precision.fp8_dispatch and config.moe.dispatcher == "deepep":
+        raise ConfigError(
+            "precision.fp8_dispatch=true does not work with moe.dispatcher=deepep: set moe.dispatcher=alltoall, or "
+            "precision.fp8_dispatch=false"
+        )
+    names = linear_names(config)
+    kept = [n for n in names if n.endswith(".experts") and any(fnmatchcase(n, p) for p in precision.fp8_keep_bf16)]
+    if precision.fp8_dispatch and kept:
+        raise ConfigError(
+            f"precision.fp8_keep_bf16 keeps {kept[0]} in BF16, but precision.fp8_dispatch=true sends its tokens in FP8: set "
+            "precision.fp8_dispatch=false as well"
+        )
+    for pattern in precision.fp8_keep_bf16:
+        if not any(fnmatchcase(name, pattern) for name in [*names, OUTPUT_HEAD]):
+            raise ConfigError(
+                f"precision.fp8_keep_bf16 has the pattern '{pattern}', which is no layer's name{nearest(pattern, names)}: layers "
+                f"are called like {names[0]} and {names[-1]}, and * stands for anything"
+            )
 
 
 def check_installed(config: Config) -> None:

@@ -30,7 +30,7 @@ class StepDump:
         self._engine, self._mesh = engine, mesh
         self._tensors: dict[str, Tensor] = {}
         for name, parameter in engine.owned_parameters():
-            self._add("param", name, parameter, parameter.detach())
+            self._add("param", name, parameter, getattr(parameter, "fp32_copy", parameter.detach()))
         for name, router in routers(engine.model):
             self._tensors[f"bias/{name}"] = router.e_score_correction_bias.detach().cpu().clone()
 

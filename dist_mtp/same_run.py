@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_FIXED = ("model", "data", "tokenizer", "precision", "mtp", "train.seed", "train.seq_len")
+_FIXED = ("model", "data", "tokenizer", "precision.name", "mtp", "train.seed", "train.seq_len")
 """Sections and keys that decide what is computed."""
 _FREE = ("mtp.loss_weight", "mtp.loss_weight_steps", "data.cache_dir", "data.path")
 """Exceptions: a weight of the objective, and places of files whose content is compared by its hash."""

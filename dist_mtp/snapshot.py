@@ -148,6 +148,7 @@ def _load(reader: CheckpointReader, engine: Engine, beat: Callable[[], None]) ->
             logical.view(flat).copy_(reader.read_full("param", logical.name, shape=logical.shape))
     for name, buffer in router_state(engine.model):
         buffer.copy_(reader.read_full("buffer", name, shape=tuple(buffer.shape)))
+    engine.weights_changed()
     engine.set_optimizer_step(reader.step)
 
 

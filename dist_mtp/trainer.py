@@ -23,6 +23,7 @@ from dist_mtp.parallel.balance import gather_loads, move_router_biases
 from dist_mtp.parallel.collectives import all_max
 from dist_mtp.parallel.dispatch import AllToAllDispatcher, make_dispatcher
 from dist_mtp.parallel.engine import Engine
+from dist_mtp.parallel.fp8 import fp8_metrics, make_fp8
 from dist_mtp.parallel.mesh import Mesh
 from dist_mtp.pipeline.plan import Plan
 from dist_mtp.pipeline.runtime import PipelineRuntime
@@ -68,10 +69,13 @@ class Trainer:
             std=config.model.initializer_range,
             first_expert=self.model.first_expert,
         )
-        dispatcher = make_dispatcher(config, mesh)
+        self.fp8 = make_fp8(config, self.model, mesh)
+        dispatcher = make_dispatcher(config, mesh, self.fp8.backend if self.fp8 is not None else None)
         attach_dispatcher(self.model, dispatcher)
         self.traffic = dispatcher.traffic if isinstance(dispatcher, AllToAllDispatcher) else None
         self.engine = Engine(config, self.model, mesh)
+        if self.fp8 is not None:
+            self.engine.on_weights_changed = self.fp8.forget_weights
         self.stages = {s.index: Stage(s.index, self.model, s.unit_names, self.engine.collect_gradients) for s in mine}
         self.runtime = PipelineRuntime(
             plan,
@@ -80,7 +84,7 @@ class Trainer:
             group=mesh.pipe_group,
             global_rank=mesh.global_rank,
             hidden_shape=(config.train.micro_batch_size, config.train.seq_len, config.model.hidden_size),
-            dtype=torch.bfloat16 if config.precision.name == "bf16" else torch.float32,
+            dtype=torch.bfloat16 if config.is_mixed_precision else torch.float32,
             device=mesh.device,
             on_action=lambda action: beat(f"step {self.step}, action {action}"),
         )
@@ -108,6 +112,8 @@ class Trainer:
             config, self.engine, self.mesh, corpus=fingerprint, report=self.monitor.warn, beat=restoring
         )
         self.monitor.start(resume_step=start)
+        if self.fp8 is not None:
+            self.monitor.notice(f"FP8 backend {self.fp8.backend.name}, {len(self.fp8.layers)} layers on this rank")
         metrics: Metrics = {}
         for self.step in range(start + 1, config.train.steps + 1):
             metrics = self.train_step()
@@ -133,6 +139,9 @@ class Trainer:
         batches = self.batches.step("train", step - 1, mtp_weight)
         data_wait = time.perf_counter() - started
         dump = self._start_dump()
+        measures_fp8 = self.fp8 is not None and _due(step, config.precision.fp8_statistics_every)
+        if self.fp8 is not None and measures_fp8:
+            self.fp8.measure()
 
         stats = self.runtime.train_step(batches.micro_batches)
         self.beat(f"step {step}, gradient reduction")
@@ -163,6 +172,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "lr": lr,
             **({"router_bias_norm": math.sqrt(bias_square_sum), **experts} if experts else {}),
+            **(fp8_metrics(self.fp8.statistics, self.mesh) if self.fp8 is not None and measures_fp8 else {}),
             **({"all_to_all_bytes": all_sent_bytes} if self.traffic is not None else {}),
             **reduce_health(waited_s if self.traffic is not None else None, self.mesh),
             "data_wait_s": data_wait,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_mtp.cli.bench import BENCHMARKS
 from dist_mtp.cli.compose import compose
 from dist_mtp.cli.main import VERBS
 from dist_mtp.config import resolve
@@ -61,6 +62,8 @@ def option(arguments: list[str], name: str, default: str | None = None) -> str:
 def check_dist_mtp(arguments: list[str]) -> None:
     verb, overrides = arguments[0], arguments[1:]
     assert verb in VERBS, f"dist-mtp has no verb {verb}"
+    if verb == "bench":
+        assert overrides.pop(0) in BENCHMARKS, f"dist-mtp bench has no {arguments[1]}"
     sweeps = "-m" in overrides
     for point in points([word for word in overrides if word != "-m"]) if sweeps else [overrides]:
         compose(point)
@@ -74,7 +77,7 @@ def points(overrides: list[str]) -> list[list[str]]:
 
 
 def check_make(arguments: list[str]) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for argument in arguments:
         variable, _, value = argument.partition("=")
         if argument == variable:

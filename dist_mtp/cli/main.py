@@ -14,6 +14,7 @@ VERBS = {
     "train": "train a model: start the ranks on the composed configuration (-m sweeps)",
     "plan": "show stages, balance and predicted bubble of a configuration, without devices",
     "data": "tokenise the corpus and show what is in it",
+    "bench": "measure parts of training on this device: bench precision",
 }
 
 

@@ -57,8 +57,14 @@ def _check_resume(config: Config) -> None:
 
 
 def _check_device(config: Config) -> None:
-    """Ranks check it too; here a refusal comes before anything is started. Only ``cuda`` is worth the import of torch."""
-    if config.device == "cuda":
-        import torch
+    """Ranks check it too; here a refusal comes before anything is started. Only GPUs are worth the import of torch."""
+    named = config.precision.name == "fp8" and config.precision.fp8_backend not in ("auto", "emulated")
+    if config.device != "cuda" and not named:
+        return
+    import torch
 
-        use_cuda_for(config.device, local_ranks=config.world_size, gpus=torch.cuda.device_count())
+    on_gpus = use_cuda_for(config.device, local_ranks=config.world_size, gpus=torch.cuda.device_count())
+    if named:
+        from dist_mtp.precision.fp8.backend import make_backend
+
+        make_backend(config.precision.fp8_backend, torch.device("cuda" if on_gpus else "cpu"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dist_mtp.config import ModelConfig
 from dist_mtp.model.norm import RMSNorm
 from dist_mtp.model.rope import attention_scale, rope_tables, rotate
-from dist_mtp.precision.linear import Linear
+from dist_mtp.precision.linear import Linear, project
 
 LATENT_NORM_EPS = 1e-6
 """Epsilon of the norms on compressed queries and keys; fixed in the reference implementation, whatever rms_norm_eps is."""
@@ -62,9 +62,12 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD))) if self.compresses_queries else self.q_proj(x_BTD)
+        queries_from = self.q_a_proj if self.compresses_queries else self.q_proj
+        q, compressed = project(x_BTD, queries_from, self.kv_a_proj_with_mqa)
+        if self.compresses_queries:
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q_nope, q_rope = self._heads(q).split((self.nope, self.rope), dim=-1)  # [B, H, T, N], [B, H, T, R]
-        latent, k_rope = self.kv_a_proj_with_mqa(x_BTD).split((self.latent, self.rope), dim=-1)
+        latent, k_rope = compressed.split((self.latent, self.rope), dim=-1)
         k_nope, value = self._heads(self.kv_b_proj(self.kv_a_layernorm(latent))).split((self.nope, self.value), dim=-1)
         q_rope = rotate(q_rope, context.cos, context.sin)
         k_rope = rotate(k_rope.unsqueeze(1), context.cos, context.sin)  # one rotary key for all heads: [B, 1, T, R]

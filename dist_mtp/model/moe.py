@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 from dist_mtp.config import Config
 from dist_mtp.model.dispatch import Dispatcher, LocalDispatcher
-from dist_mtp.model.feed_forward import FeedForward, fused_swiglu
+from dist_mtp.model.feed_forward import FeedForward
 from dist_mtp.model.router import Router, count_in_backward
+from dist_mtp.precision.fp8.linear import fp8_linear, fp8_swiglu_linear
+from dist_mtp.precision.fp8.tiles import RowTiles
 from dist_mtp.precision.grouped import grouped_linear
+from dist_mtp.precision.swiglu import fused_swiglu
 from dist_mtp.precision.weight_grads import DeferrableLayer
 
 
@@ -31,8 +34,13 @@ class Experts(DeferrableLayer):
 
     def forward(self, x_ND: Tensor, ends_E: Tensor) -> Tensor:
         """x_ND: rows sorted by expert; ends_E: int32, end row of each local expert. -> [N, D]."""
-        gate_up = grouped_linear(x_ND, self.gate_up_proj, ends_E, self)
-        y_ND = grouped_linear(fused_swiglu(gate_up), self.down_proj, ends_E, self)
+        if self.fp8 is not None:
+            tiles = RowTiles.of(ends_E, len(x_ND))
+            gate_up = fp8_linear(x_ND, self.gate_up_proj, self, tiles)
+            y_ND = fp8_swiglu_linear((gate_up,), self.down_proj, self, tiles)
+        else:
+            gate_up = grouped_linear(x_ND, self.gate_up_proj, ends_E, self)
+            y_ND = grouped_linear(fused_swiglu(gate_up), self.down_proj, ends_E, self)
         if self.training:
             y_ND = count_in_backward(y_ND, self.processed, ends_E.diff(prepend=ends_E.new_zeros(1)))
         return y_ND

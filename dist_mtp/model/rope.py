@@ -82,6 +82,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [..., T, R].
         cos, sin: [T, R / 2].
     """
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x[..., 0::2], x[..., 1::2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    first, second = x[..., 0::2], x[..., 1::2]  # the fp32 tables make their products fp32
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

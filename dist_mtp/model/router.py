@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dist_mtp.config import Config
 from dist_mtp.model.dispatch import Routing
 from dist_mtp.model.norm import at_least_fp32
+from dist_mtp.precision.weight_grads import hand_over
 
 
 class Router(nn.Module):
@@ -116,15 +117,16 @@ class _WideLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x)
+        ctx.weight = weight  # the Parameter itself: it carries main_grad
         return F.linear(at_least_fp32(x), at_least_fp32(weight))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        (x,), weight = ctx.saved_tensors, ctx.weight
         grad_x = (grads[0] @ at_least_fp32(weight)).to(x.dtype)
-        grad_weight = (grads[0].flatten(0, -2).t() @ at_least_fp32(x).flatten(0, -2)).to(weight.dtype)
-        return grad_x, grad_weight
+        grad_weight = grads[0].flatten(0, -2).t() @ at_least_fp32(x).flatten(0, -2)
+        return grad_x, hand_over(weight, grad_weight)
 
 
 def count_in_backward(x: Tensor, total: Tensor, amount: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dist_mtp.config import Config
 from dist_mtp.model.attention import AttentionContext
+from dist_mtp.model.embedding import Embedding
 from dist_mtp.model.layer import DecoderLayer, MtpModule
 from dist_mtp.model.loss import HeadStats, head_stats, linear_cross_entropy
 from dist_mtp.model.norm import RMSNorm
@@ -40,7 +41,7 @@ class MicroBatch:
 class Backbone(nn.Module):
     """Container for the parameters below ``model.``."""
 
-    embed_tokens: nn.Embedding
+    embed_tokens: Embedding
     norm: RMSNorm
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ class LanguageModel(nn.Module):
         # The head unit embeds the tokens of MTP (and is the embedding, when tied). Where the same rank also holds the
         # first unit this is the very same module: V placement. Elsewhere it is a replica.
         if EMBED in units or (holds_head and (self.num_depths > 0 or model.tie_word_embeddings)):
-            self.model.embed_tokens = nn.Embedding(config.vocab_size, model.hidden_size)
+            self.model.embed_tokens = Embedding(config.vocab_size, model.hidden_size)
         for layer in range(model.num_layers):
             halves = {half: f"layers.{layer}.{half}" in units for half in ("attention", "feed_forward")}
             if any(halves.values()):

@@ -37,6 +37,8 @@ class Monitor:
 
     def checkpoint_written(self, path: Path) -> None: ...
 
+    def notice(self, text: str) -> None: ...
+
     def warn(self, text: str) -> None: ...
 
     def finish(self) -> None:
@@ -73,6 +75,7 @@ class RunMonitor(Monitor):
                 num_depths=config.mtp.depth,
                 has_experts=bool(config.moe_layers),
                 ep=config.parallel.ep,
+                fp8=config.precision.name == "fp8" and config.precision.fp8_statistics_every > 0,
                 config_text=yaml.safe_dump(to_dict(config), sort_keys=False),
                 plan_text=plan_text,
                 hparams=_flat(to_dict(config)),
@@ -105,6 +108,9 @@ class RunMonitor(Monitor):
     def checkpoint_written(self, path: Path) -> None:
         self._last_checkpoint = path
         self.console.notice(f"checkpoint {path}")
+
+    def notice(self, text: str) -> None:
+        self.console.notice(text)
 
     def warn(self, text: str) -> None:
         self.console.warn(text)

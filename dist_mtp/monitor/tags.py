@@ -47,6 +47,16 @@ STEP_SHARE_TAGS: dict[str, str] = {
 }
 """Metric in seconds -> tag of its share of the step's time in percent."""
 
+FP8_TAGS: dict[str, tuple[str, float]] = {
+    "underflow": ("fp8/underflow_pct", 100),
+    "saturation": ("fp8/saturation_pct", 100),
+    "error": ("fp8/error_pct", 100),
+    "scale_min": ("fp8/scale_min", 1),
+    "scale_max": ("fp8/scale_max", 1),
+}
+"""Quantity of ``fp8_QUANTITY_KIND_ROLE`` -> tag before ``/KIND_ROLE``, and the factor to its unit."""
+_FP8_KEY = re.compile(rf"fp8_({'|'.join(FP8_TAGS)})_(.*)")
+
 LOAD_SHARE_TAG = "moe/load_share/layer_{k:02d}"
 """Histogram of one layer: each expert's tokens over the mean of the layer's experts."""
 
@@ -54,8 +64,8 @@ LOAD_SHARE_TAG = "moe/load_share/layer_{k:02d}"
 def scalars(row: Mapping[str, float]) -> dict[str, float]:
     """Tag -> value of everything in one step's metrics that TensorBoard shows.
 
-    >>> scalars({"loss_mtp_2": 3.5, "load_violation_layer_3": 0.5, "mfu": 0.25})
-    {'loss/mtp_2': 3.5, 'moe/load_violation/layer_03': 0.5, 'perf/mfu_pct': 25.0}
+    >>> scalars({"loss_mtp_2": 3.5, "load_violation_layer_3": 0.5, "fp8_underflow_experts_grad": 0.25})
+    {'loss/mtp_2': 3.5, 'moe/load_violation/layer_03': 0.5, 'fp8/underflow_pct/experts_grad': 25.0}
     """
     values: dict[str, float] = {}
     for key, value in row.items():
@@ -67,6 +77,9 @@ def scalars(row: Mapping[str, float]) -> dict[str, float]:
         elif key in SCALED_TAGS:
             tag, factor = SCALED_TAGS[key]
             values[tag] = factor * value
+        elif fp8 := _FP8_KEY.fullmatch(key):
+            tag, factor = FP8_TAGS[fp8[1]]
+            values[f"{tag}/{fp8[2]}"] = factor * value
         elif key in STEP_SHARE_TAGS and row.get("step_time"):
             values[STEP_SHARE_TAGS[key]] = 100 * value / row["step_time"]
     if accept_rates := by_depth(row, "accept_mtp_"):
@@ -74,7 +87,7 @@ def scalars(row: Mapping[str, float]) -> dict[str, float]:
     return values
 
 
-def chart_layout(num_depths: int, *, has_experts: bool, ep: int) -> dict[str, dict[str, list[object]]]:
+def chart_layout(num_depths: int, *, has_experts: bool, ep: int, fp8: bool) -> dict[str, dict[str, list[object]]]:
     """Layout of the Custom Scalars tab: category -> chart title -> ``["Multiline", tags]``.
 
     A chart draws every tag that one of its ``tags`` matches as a regular expression, from the tag's start.
@@ -106,6 +119,17 @@ def chart_layout(num_depths: int, *, has_experts: bool, ep: int) -> dict[str, di
         if ep > 1:
             layout["MoE"]["all-to-all, MiB per step"] = multiline("moe/all_to_all_mib")
             layout["MoE"]["wait for all-to-all, % of the step"] = multiline("moe/all_to_all_wait_pct")
+    if fp8:
+        layout["FP8"] = {
+            f"{title}, {of}": multiline(rf"{tag}/\w+_{role}")
+            for tag, title in (
+                ("fp8/underflow_pct", "values that become 0, %"),
+                ("fp8/saturation_pct", "values beyond the largest or not finite, %"),
+                ("fp8/error_pct", "relative error, %"),
+                ("fp8/scale_m(in|ax)", "least and largest scale"),
+            )
+            for role, of in (("input", "inputs"), ("weight", "weights"), ("grad", "gradients"))
+        }
     if num_depths:
         layout["MTP"] = {
             "agreement with the main head": multiline(*(f"mtp/accept_rate_{k}" for k in depths)),

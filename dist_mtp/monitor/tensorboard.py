@@ -28,6 +28,7 @@ class TensorBoard:
         num_depths: D, MTP depths that share a chart.
         has_experts: whether the model has MoE layers; they get charts then.
         ep: ranks that share one set of experts; from 2 on there are charts of their all-to-all.
+        fp8: whether layers multiply in FP8; there are charts of what it loses then.
         config_text: resolved configuration, shown as preformatted text.
         plan_text: pipeline plan, likewise.
         hparams: flat settings for the HParams tab; None is left out, what is no number, string or bool becomes a string.
@@ -42,6 +43,7 @@ class TensorBoard:
         num_depths: int,
         has_experts: bool,
         ep: int,
+        fp8: bool,
         config_text: str,
         plan_text: str,
         hparams: Mapping[str, Any],
@@ -55,7 +57,7 @@ class TensorBoard:
         start = 0 if purge_step is None else purge_step - 1
 
         def describe_run(writer: SummaryWriter) -> None:
-            writer.add_custom_scalars(chart_layout(num_depths, has_experts=has_experts, ep=ep))
+            writer.add_custom_scalars(chart_layout(num_depths, has_experts=has_experts, ep=ep, fp8=fp8))
             writer.add_text("config", _preformatted(config_text), start)
             writer.add_text("plan", _preformatted(plan_text), start)
             _write_hparams(writer, hparams, num_depths)

@@ -14,10 +14,15 @@ from dist_mtp.errors import ConfigError
 from dist_mtp.model.dispatch import Dispatch, Dispatcher, LocalDispatcher, Routing, Slots, inverse_permutation, permute
 from dist_mtp.parallel.mesh import Mesh
 from dist_mtp.parallel.traffic import Traffic
+from dist_mtp.precision.fp8.backend import Fp8Backend
+from dist_mtp.precision.fp8.packed import pack, unpack
 
 
-def make_dispatcher(config: Config, mesh: Mesh) -> Dispatcher:
+def make_dispatcher(config: Config, mesh: Mesh, fp8: Fp8Backend | None = None) -> Dispatcher:
     """The dispatcher that ``moe.dispatcher`` names, or the local one where ranks share no experts.
+
+    Args:
+        fp8: what quantises, for ``precision.fp8_dispatch``.
 
     Raises:
         ConfigError: ``deepep`` without a GPU.
@@ -32,7 +37,7 @@ def make_dispatcher(config: Config, mesh: Mesh) -> Dispatcher:
         from dist_mtp.parallel.deepep import DeepEPDispatcher
 
         return DeepEPDispatcher(config, mesh.expert_group)
-    return AllToAllDispatcher(mesh.expert_group)
+    return AllToAllDispatcher(mesh.expert_group, fp8 if config.precision.fp8_dispatch else None)
 
 
 class AllToAllDispatcher:
@@ -42,10 +47,12 @@ class AllToAllDispatcher:
 
     Args:
         group: the ranks that share a layer's experts; rank r of R holds experts [r E/R, (r+1) E/R).
+        fp8: send what goes to experts, tokens in the forward and gradients in the backward, in FP8 with scales that are
+            powers of two; what comes from them keeps its precision (arXiv 2412.19437, section 3.3.3).
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, fp8: Fp8Backend | None = None) -> None:
+        self.group, self.fp8 = group, fp8
         self.traffic = Traffic()
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatch:
@@ -65,7 +72,7 @@ class _AllToAllDispatch:
         dispatcher.traffic.wait(sizes, x_TD.device)
         # The collective wants its sizes on the host: one copy per layer, whatever the number of experts.
         self._sent, self._received = torch.stack((sent_RE.sum(dim=1), self._received_RE.sum(dim=1))).tolist()
-        self._outward = Exchange(dispatcher, self._sent, self._received)
+        self._outward = Exchange(dispatcher, self._sent, self._received, fp8_forward=dispatcher.fp8)
         self._arriving = self._outward.start(rows)
 
     def receive(self) -> tuple[Tensor, Tensor]:
@@ -80,7 +87,7 @@ class _AllToAllDispatch:
         return permute(rows, self._order, self._inverse), ends_E
 
     def combine(self, rows_ND: Tensor) -> Tensor:
-        homeward = Exchange(self._dispatcher, self._received, self._sent)
+        homeward = Exchange(self._dispatcher, self._received, self._sent, fp8_backward=self._dispatcher.fp8)
         rows = homeward.start(permute(rows_ND, self._inverse, self._order))
         return self._slots.weighted_sum(homeward.finish(rows))
 
@@ -93,12 +100,22 @@ class Exchange:
 
     Args:
         sent, received: rows for and from each rank of the group.
+        fp8_forward, fp8_backward: what packs rows into FP8 for their way in this direction.
     """
 
-    def __init__(self, dispatcher: AllToAllDispatcher, sent: Sequence[int], received: Sequence[int]) -> None:
+    def __init__(
+        self,
+        dispatcher: AllToAllDispatcher,
+        sent: Sequence[int],
+        received: Sequence[int],
+        *,
+        fp8_forward: Fp8Backend | None = None,
+        fp8_backward: Fp8Backend | None = None,
+    ) -> None:
         self._group, self._traffic = dispatcher.group, dispatcher.traffic
         self.sent, self.received = list(sent), list(received)
-        self._travelling: tuple[dist.Work | None, Tensor] | None = None
+        self.fp8_forward, self.fp8_backward = fp8_forward, fp8_backward
+        self._travelling: tuple[dist.Work | None, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
         """Rows sorted by destination leave. The result is filled when :meth:`finish` has returned it, not before."""
@@ -110,27 +127,30 @@ class Exchange:
         result: Tensor = _Finish.apply(rows, self)
         return result
 
-    def launch(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        rows = rows.contiguous()
-        arriving = rows.new_empty(sum(received), rows.shape[1])
-        work = dist.all_to_all_single(arriving, rows, received, sent, group=self._group, async_op=True)
+    def launch(self, rows: Tensor, sent: list[int], received: list[int], fp8: Fp8Backend | None) -> Tensor:
+        result = rows.new_empty(sum(received), rows.shape[1])
+        leaving = rows.contiguous() if fp8 is None else pack(fp8.quantize_rows(rows, power_of_two=True))
+        arriving = result if fp8 is None else leaving.new_empty(len(result), leaving.shape[1])
+        work = dist.all_to_all_single(arriving, leaving, received, sent, group=self._group, async_op=True)
         others = sum(sent) - sent[dist.get_rank(self._group)]
-        self._traffic.sent_bytes += others * rows.shape[1] * rows.element_size()
-        self._travelling = work, arriving
-        return arriving
+        self._traffic.sent_bytes += others * leaving.shape[1] * leaving.element_size()
+        self._travelling = work, arriving, result
+        return result
 
     def wait(self) -> Tensor:
         assert self._travelling is not None, "launch() comes first"
-        (work, arrived), self._travelling = self._travelling, None
+        (work, arrived, result), self._travelling = self._travelling, None
         self._traffic.wait(work, arrived.device)
-        return arrived
+        if arrived is not result:
+            result.copy_(unpack(arrived, result.shape[1]).dequantize())
+        return result
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.launch(rows, exchange.sent, exchange.received)
+        return exchange.launch(rows, exchange.sent, exchange.received, exchange.fp8_forward)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -148,6 +168,6 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         exchange: Exchange = ctx.exchange
-        exchange.launch(grads[0], exchange.received, exchange.sent)
+        exchange.launch(grads[0], exchange.received, exchange.sent, exchange.fp8_backward)
         # Autograd wants a gradient of this function's input shape; the real one is on its way to _Start.
         return grads[0], None

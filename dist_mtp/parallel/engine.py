@@ -9,7 +9,8 @@ called. Private names of DeepSpeed 0.19.8 used here: ``engine.pipeline_paralleli
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_mtp.config import Config
+from dist_mtp.config import Config, OptimConfig
 from dist_mtp.errors import DivergedError
 from dist_mtp.model.moe import Experts
 from dist_mtp.model.naming import LogicalTensor, logical_tensors
 from dist_mtp.model.transformer import LanguageModel
+from dist_mtp.parallel.adamw import MOMENT_DTYPES, AdamW, zero_state
 from dist_mtp.parallel.collectives import all_max, check_same_hash
 from dist_mtp.parallel.mesh import Mesh, expert_group_name
 
@@ -62,33 +64,35 @@ class Engine:
 
     Args:
         model: this rank's units. Parameters keep their identity, so stages built before or after stay valid.
+
+    ``on_weights_changed`` is called after every change of the parameters; it does nothing by default.
     """
 
     def __init__(self, config: Config, model: LanguageModel, mesh: Mesh) -> None:
         import deepspeed
 
         self.model, self.mesh = model, mesh
+        self.on_weights_changed: Callable[[], None] = lambda: None
         if model.holds_replica and mesh.pp > 1:
             # Summed with the first rank's by reduce(); the global norm must count it once.
             replica: Any = model.model.embed_tokens.weight
             replica.ds_pipe_replicated = True
         groups = _parameter_groups(model, mesh, config.optim.weight_decay)
         check_equal_groups(groups, mesh)
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=config.optim.lr,
-            betas=(config.optim.beta1, config.optim.beta2),
-            eps=config.optim.eps,
-        )
+        self._moment_dtype = MOMENT_DTYPES[config.optim.moment_dtype]
+        drawn = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        deepspeed.logger.addFilter(_is_news)
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
+            optimizer=_make_optimizer(config.optim, groups),
             config=deepspeed_config(config, model),
             mpu=mesh.grid,
             dist_init_required=False,
         )
         self._attach_main_grads()
         self._create_optimizer_state()
+        self._restore_drawn(drawn)
+        self._attach_fp32_copies()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of the model proper, replicas included."""
@@ -172,6 +176,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        self.weights_changed()
         return float(self.engine.get_global_grad_norm())
 
     def fragments(self) -> Iterator[Fragment]:
@@ -194,6 +199,19 @@ class Engine:
             if "step" in state:
                 state["step"].fill_(step)
 
+    def weights_changed(self) -> None:
+        """Bring everything that is made of the weights up to date: after a step, or after they were loaded. Collective."""
+        if self._vectors:
+            self._fp32_copies.zero_()
+            for vector, copy in zip(self._vectors, self._copies(), strict=True):
+                mapping: Any = vector._hp_mapping  # type: ignore[attr-defined]
+                if mapping is not None:  # else other data ranks own all of it
+                    start = mapping.lp_fragment_address.start
+                    mine = mapping.get_hp_fragment().detach()
+                    copy[start : start + mine.numel()] = mine
+            dist.all_reduce(self._fp32_copies, group=self.mesh.data_group)
+        self.on_weights_changed()
+
     def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:  # every element belongs to other data ranks
@@ -212,8 +230,7 @@ class Engine:
         inner = self.optimizer.optimizer
         for group in inner.param_groups:
             for flat in group["params"]:
-                moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in OPTIMIZER_STATES}
-                inner.state[flat] = {"step": torch.tensor(0.0), **moments}
+                inner.state[flat] = zero_state(flat, self._moment_dtype)
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
     @property
@@ -230,6 +247,48 @@ class Engine:
             for parameter, buffer in zip(parameters, buffers, strict=True):
                 parameter.main_grad = buffer.view(parameter.shape)
                 self._mixed_precision.append(parameter)
+
+    def _restore_drawn(self, drawn: Mapping[str, Tensor]) -> None:
+        """Under bf16, start the master weights from the numbers that were drawn, not from those rounded to bf16.
+
+        Rounded ones lie in the middle of what rounds to them: until a weight has moved by half of bf16's spacing, which
+        takes all weights as many steps, the working copy would stand still.
+
+        Args:
+            drawn: every parameter before DeepSpeed rounded it.
+        """
+        for fragment in self.all_fragments() if self._mixed_precision else ():
+            master = fragment.tensors["param"]
+            master.copy_(drawn[fragment.parameter].flatten()[fragment.start : fragment.start + master.numel()])
+
+    def _attach_fp32_copies(self) -> None:
+        """Under bf16, give norm weights an fp32 copy of their master weight, which the forward uses.
+
+        They start at 1, where bf16's next numbers are 0.4 % down and 0.8 % up: in bf16 they would all stand still for the
+        first hundred steps of a small learning rate, and move in jumps later.
+        """
+        mixed = {id(parameter) for parameter in self._mixed_precision}
+        self._vectors = [p for _, p in self.named_parameters() if p.dim() == 1 and id(p) in mixed]
+        self._fp32_copies = torch.zeros(sum(p.numel() for p in self._vectors), device=self.mesh.device)
+        vector: Any
+        for vector, copy in zip(self._vectors, self._copies(), strict=True):
+            vector.fp32_copy = copy
+        self.weights_changed()
+
+    def _copies(self) -> tuple[Tensor, ...]:
+        return self._fp32_copies.split([p.numel() for p in self._vectors])
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a user gains from a warning of DeepSpeed's; its list of tested optimizers lacks ours, whose tests are here."""
+    return "untested optimizer" not in record.getMessage()
+
+
+def _make_optimizer(config: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.moment_dtype == "fp32":
+        return torch.optim.AdamW(groups, **settings)
+    return AdamW(groups, **settings, moment_dtype=MOMENT_DTYPES[config.moment_dtype])
 
 
 def _parameter_groups(model: LanguageModel, mesh: Mesh, weight_decay: float) -> list[dict[str, Any]]:
@@ -285,8 +344,10 @@ def deepspeed_config(config: Config, model: nn.Module) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_norm,
         # Stage 1 in fp32 too: without it DeepSpeed clips by the first pipeline rank's norm alone.
         "zero_optimization": {"stage": 1},
+        # DeepSpeed has a list of optimizers it was tested with; ours for bf16 moments updates elementwise as they do.
+        "zero_allow_untested_optimizer": config.optim.moment_dtype != "fp32",
     }
-    if config.precision.name == "bf16":
+    if config.is_mixed_precision:
         derived |= {
             "bf16": {"enabled": True},
             "data_types": {"grad_accum_dtype": "fp32"},

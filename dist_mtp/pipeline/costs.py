@@ -9,6 +9,7 @@ from typing import Literal
 from dist_mtp.config import Config
 from dist_mtp.pipeline import sizes
 from dist_mtp.pipeline.devices import DeviceProfile
+from dist_mtp.pipeline.saved import TILE, bytes_per_element
 from dist_mtp.pipeline.sizes import BlockSize
 
 UnitKind = Literal["embedding", "attention", "dense_ffn", "moe_ffn", "head"]
@@ -43,6 +44,8 @@ class UnitCost:
     """Those of ``params`` that belong to routed experts."""
     all_to_all_bytes: int = 0
     """Leave the rank for experts on other ranks, or on the way back from its own, per microbatch, forward and backward."""
+    fp8_params: int = 0
+    """Those of ``params`` that belong to linear layers and experts."""
 
     @property
     def time(self) -> float:
@@ -65,26 +68,33 @@ def unit_costs(config: Config, profile: DeviceProfile) -> tuple[UnitCost, ...]:
     """Cost of each unit of :func:`list_units`, for microbatches of ``train.micro_batch_size`` rows of T positions.
 
     Experts are taken to get equally many tokens. A MoE layer waits for two all-to-alls in the forward, dispatch and combine,
-    and for their reverse in the input gradient; nothing is taken to overlap with them.
+    and for their reverse in the input gradient: in both one towards the experts and one back. Nothing is taken to overlap
+    with them. Under ``precision=fp8`` all linear layers and experts multiply at the device's FP8 speed, those of
+    ``precision.fp8_keep_bf16`` included; attention's core, routers and the heads do not.
     """
-    tokens = config.train.micro_batch_size * config.train.seq_len
+    tokens, ep = config.train.micro_batch_size * config.train.seq_len, config.parallel.ep
     seconds_per_flop = tokens / profile.flops_per_s
-    ep, exchanged = config.parallel.ep, exchange_bytes(config)
-    exchange_seconds = profile.all_to_all_seconds(exchanged, ep, config.world_size)
-    return tuple(
-        UnitCost(
-            time_f=(size.weight_flops + size.core_flops + 3 * size.loss_flops) * seconds_per_flop
-            + 2 * size.moe_layers * exchange_seconds,
-            time_i=(size.weight_flops + 2 * size.core_flops) * seconds_per_flop
-            + 2 * size.moe_layers * exchange_seconds,
-            time_w=size.weight_flops * seconds_per_flop,
-            params=size.params - size.expert_params + size.expert_params // ep,
-            activation_bytes=int(size.saved_elements * tokens * bytes_per_element(config)),
-            expert_params=size.expert_params // ep,
-            all_to_all_bytes=4 * size.moe_layers * exchanged,
+    fp8_seconds_per_flop = tokens / profile.fp8_flops_per_s if config.precision.name == "fp8" else seconds_per_flop
+    exchanged = exchange_bytes(config)
+    exchange_seconds = sum(profile.all_to_all_seconds(num_bytes, ep, config.world_size) for num_bytes in exchanged)
+    costs = []
+    for size in _unit_sizes(config):
+        weights = (size.weight_flops - size.fp8_flops) * seconds_per_flop + size.fp8_flops * fp8_seconds_per_flop
+        exchanges = size.moe_layers * exchange_seconds
+        elsewhere = size.expert_params - size.expert_params // ep
+        costs.append(
+            UnitCost(
+                time_f=weights + (size.core_flops + 3 * size.loss_flops) * seconds_per_flop + exchanges,
+                time_i=weights + 2 * size.core_flops * seconds_per_flop + exchanges,
+                time_w=weights,
+                params=size.params - elsewhere,
+                activation_bytes=int(size.saved_bytes * tokens),
+                expert_params=size.expert_params // ep,
+                all_to_all_bytes=2 * size.moe_layers * sum(exchanged),
+                fp8_params=size.fp8_params - elsewhere,
+            )
         )
-        for size in _unit_sizes(config)
-    )
+    return tuple(costs)
 
 
 def total_cost(costs: Iterable[UnitCost]) -> UnitCost:
@@ -99,6 +109,7 @@ def total_cost(costs: Iterable[UnitCost]) -> UnitCost:
             total.activation_bytes + cost.activation_bytes,
             total.expert_params + cost.expert_params,
             total.all_to_all_bytes + cost.all_to_all_bytes,
+            total.fp8_params + cost.fp8_params,
         )
     return total
 
@@ -109,20 +120,18 @@ def message_bytes(config: Config) -> int:
     return tokens * config.model.hidden_size * bytes_per_element(config)
 
 
-def exchange_bytes(config: Config) -> int:
-    """What one all-to-all of a microbatch sends from a rank to others: K hidden states per token.
+def exchange_bytes(config: Config) -> tuple[int, int]:
+    """What one all-to-all of a microbatch sends from a rank to others: K hidden states per token. Towards experts, and back.
 
     Of equally loaded experts a share of (ep - 1) / ep is on other ranks. The ``deepep`` dispatcher sends less: a token goes
-    once to a rank, however many of its experts are there.
+    once to a rank, however many of its experts are there. With ``precision.fp8_dispatch`` rows towards experts are padded to
+    whole tiles, each of 128 values and the exponent of their scale, a byte each.
     """
     rows = config.train.micro_batch_size * config.train.seq_len * config.model.num_experts_per_tok
-    ep = config.parallel.ep
-    return rows * config.model.hidden_size * bytes_per_element(config) * (ep - 1) // ep
-
-
-def bytes_per_element(config: Config) -> int:
-    """Bytes of one activation."""
-    return 4 if config.precision.name == "fp32" else 2
+    hidden, ep = config.model.hidden_size, config.parallel.ep
+    back = hidden * bytes_per_element(config)
+    towards = -(-hidden // TILE) * (TILE + 1) if config.precision.fp8_dispatch else back
+    return rows * towards * (ep - 1) // ep, rows * back * (ep - 1) // ep
 
 
 def flops_per_token(config: Config) -> float:
@@ -147,10 +156,9 @@ def unit_parameters(config: Config) -> tuple[int, ...]:
 
 def _unit_sizes(config: Config) -> list[BlockSize]:
     """Size of each unit of :func:`list_units`."""
-    model = config.model
     halves = [
         half
-        for layer in range(model.num_layers)
-        for half in (sizes.attention_half(config), sizes.feed_forward_half(model, layer))
+        for layer in range(config.model.num_layers)
+        for half in (sizes.attention_half(config), sizes.feed_forward_half(config, layer))
     ]
     return [sizes.embedding(config), *halves, sizes.head(config)]

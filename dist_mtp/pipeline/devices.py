@@ -17,6 +17,8 @@ class DeviceProfile:
     """Parts of the name that the driver reports, any of which means this device."""
     flops_per_s: float
     """Matrix multiplication speed in bf16 that large layers reach in practice."""
+    fp8_flops_per_s: float
+    """The same in FP8, quantisation of inputs and gradients included."""
     peak_flops_per_s: float | None
     """Dense bf16 peak of the data sheet, the denominator of model FLOPs utilisation (MFU); None where it is measured."""
     bandwidth_bytes_per_s: float
@@ -50,21 +52,23 @@ class DeviceProfile:
         return self.latency_s + num_bytes / (self.node_bandwidth_bytes_per_s if within else self.bandwidth_bytes_per_s)
 
 
-# Peaks: NVIDIA data sheets (dense). Practical speed: about two thirds of peak. Network: one 400 Gbit/s port per GPU (H100,
-# H800, H200) or 200 Gbit/s (A100, A800). Inside a node: 80 % of NVLink's one-way peak, which is half of what the data sheets
-# add up (H100, H200 900 GB/s, A100 600, H800, A800 400): the DeepSeek-V3 report (arXiv 2412.19437, section 3.2.2) counts 160
-# GB/s for an H800, and 380 GB/s were measured between two H100s (github.com/NVIDIA/nccl issue 1264). Cards whose NVLink, if
+# Peaks: NVIDIA data sheets (dense). Practical speed: about two thirds of peak. In FP8 1.7 times that: the peak is twice as high
+# (1979 TFLOP/s of an H100), of which DeepGEMM reaches 1550 on an H800 (github.com/deepseek-ai/DeepGEMM), but inputs and
+# gradients have to be quantised. An A100 has no FP8 to gain from; the CPU emulates it. Network: one 400 Gbit/s port per GPU
+# (H100, H800, H200) or 200 Gbit/s (A100, A800). Inside a node: 80 % of NVLink's one-way peak, which is half of what the data
+# sheets add up (H100, H200 900 GB/s, A100 600, H800, A800 400): the DeepSeek-V3 report (arXiv 2412.19437, section 3.2.2) counts
+# 160 GB/s for an H800, and 380 GB/s were measured between two H100s (github.com/NVIDIA/nccl issue 1264). Cards whose NVLink, if
 # any, joins two only: 80 % of PCIe 5.0 x16. The CPU is one core and the loopback interface. The first row that a GPU's name
 # fits counts.
 _PROFILES = (
-    DeviceProfile("h100_pcie", ("H100 PCIe",), 5.0e14, 7.56e14, 4.5e10, 1.5e-5, 5.0e10, 8),
-    DeviceProfile("h100_nvl", ("H100 NVL",), 5.5e14, 8.35e14, 4.5e10, 1.5e-5, 5.0e10, 8),
-    DeviceProfile("h100", ("H100",), 6.5e14, 9.89e14, 4.5e10, 1.5e-5, 3.6e11, 8),
-    DeviceProfile("h800", ("H800",), 6.5e14, 9.89e14, 4.5e10, 1.5e-5, 1.6e11, 8),
-    DeviceProfile("h200", ("H200",), 6.5e14, 9.89e14, 4.5e10, 1.5e-5, 3.6e11, 8),
-    DeviceProfile("a100", ("A100",), 2.2e14, 3.12e14, 2.2e10, 1.5e-5, 2.4e11, 8),
-    DeviceProfile("a800", ("A800",), 2.2e14, 3.12e14, 2.2e10, 1.5e-5, 1.6e11, 8),
-    DeviceProfile("cpu", (), 5.0e10, None, 1.0e9, 2.0e-4, 1.0e9, None),
+    DeviceProfile("h100_pcie", ("H100 PCIe",), 5.0e14, 8.5e14, 7.56e14, 4.5e10, 1.5e-5, 5.0e10, 8),
+    DeviceProfile("h100_nvl", ("H100 NVL",), 5.5e14, 9.4e14, 8.35e14, 4.5e10, 1.5e-5, 5.0e10, 8),
+    DeviceProfile("h100", ("H100",), 6.5e14, 1.1e15, 9.89e14, 4.5e10, 1.5e-5, 3.6e11, 8),
+    DeviceProfile("h800", ("H800",), 6.5e14, 1.1e15, 9.89e14, 4.5e10, 1.5e-5, 1.6e11, 8),
+    DeviceProfile("h200", ("H200",), 6.5e14, 1.1e15, 9.89e14, 4.5e10, 1.5e-5, 3.6e11, 8),
+    DeviceProfile("a100", ("A100",), 2.2e14, 2.2e14, 3.12e14, 2.2e10, 1.5e-5, 2.4e11, 8),
+    DeviceProfile("a800", ("A800",), 2.2e14, 2.2e14, 3.12e14, 2.2e10, 1.5e-5, 1.6e11, 8),
+    DeviceProfile("cpu", (), 5.0e10, 2.0e10, None, 1.0e9, 2.0e-4, 1.0e9, None),
 )
 PROFILES = {profile.name: profile for profile in _PROFILES}
 

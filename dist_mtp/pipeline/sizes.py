@@ -1,4 +1,4 @@
-"""Sizes of the model's building blocks: parameters, FLOPs and saved activations, as closed formulas.
+"""Sizes of the model's building blocks: parameters and FLOPs, as closed formulas, and saved activations (``saved.py``).
 
 Sizes are those of the whole model, however its experts are spread over ranks. Parameters are exact. FLOPs count matrix
 multiplications only, 2*m*n*k each. H is the hidden size, V the vocabulary, T the row length, E and K the experts in total
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dist_mtp.config import Config, ModelConfig
+from dist_mtp.config import Config
+from dist_mtp.pipeline import saved
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,16 @@ class BlockSize:
     """Forward of attention scores and values. The input gradient costs twice that, and there are no weights."""
     loss_flops: float = 0.0
     """Forward of the vocabulary projections. The loss computes both of their gradients inside its forward."""
-    saved_elements: float = 0.0
-    """Numbers that autograd keeps from forward to backward, in the precision of the activations."""
+    saved_bytes: float = 0.0
+    """What autograd keeps from forward to backward."""
     expert_params: int = 0
     """Those of ``params`` that belong to routed experts, which expert parallelism divides among ranks."""
     moe_layers: int = 0
     """Times that a token goes to K routed experts and back."""
+    fp8_params: int = 0
+    """Those of ``params`` that belong to linear layers and experts, which ``precision=fp8`` multiplies in FP8."""
+    fp8_flops: float = 0.0
+    """Those of ``weight_flops`` that ``precision=fp8`` does in FP8."""
 
     def __add__(self, other: BlockSize) -> BlockSize:
         return BlockSize(
@@ -36,16 +41,18 @@ class BlockSize:
             self.weight_flops + other.weight_flops,
             self.core_flops + other.core_flops,
             self.loss_flops + other.loss_flops,
-            self.saved_elements + other.saved_elements,
+            self.saved_bytes + other.saved_bytes,
             self.expert_params + other.expert_params,
             self.moe_layers + other.moe_layers,
+            self.fp8_params + other.fp8_params,
+            self.fp8_flops + other.fp8_flops,
         )
 
 
 def embedding(config: Config) -> BlockSize:
-    """Embedding [V, H]. A lookup multiplies nothing; it is counted as 2*H so that its stage is not free."""
+    """Embedding [V, H]. A lookup multiplies nothing; it is counted as 2*H so that its stage is not free. It keeps int64 ids."""
     hidden = config.model.hidden_size
-    return BlockSize(params=config.vocab_size * hidden, weight_flops=2.0 * hidden, saved_elements=1)
+    return BlockSize(params=config.vocab_size * hidden, weight_flops=2.0 * hidden, saved_bytes=8)
 
 
 def attention_half(config: Config) -> BlockSize:
@@ -58,10 +65,9 @@ def attention_half(config: Config) -> BlockSize:
     queries, values = m.num_attention_heads * qk_head, m.num_attention_heads * m.v_head_dim
     latent = m.kv_lora_rank + m.qk_rope_head_dim
     if m.q_lora_rank is None:
-        query_weights, query_norm, query_saved = m.hidden_size * queries, 0, queries
+        query_weights, query_norm = m.hidden_size * queries, 0
     else:
-        query_weights = m.q_lora_rank * (m.hidden_size + queries)
-        query_norm, query_saved = m.q_lora_rank, queries + 2 * m.q_lora_rank
+        query_weights, query_norm = m.q_lora_rank * (m.hidden_size + queries), m.q_lora_rank
     weights = (
         query_weights
         + m.hidden_size * latent
@@ -72,47 +78,48 @@ def attention_half(config: Config) -> BlockSize:
         params=weights + m.hidden_size + query_norm + m.kv_lora_rank,
         weight_flops=2.0 * weights,
         core_flops=1.0 * config.train.seq_len * (queries + values),
-        # Input and its norm; queries; latent and its norm; keys, values and the core's output.
-        saved_elements=2 * m.hidden_size + query_saved + latent + m.kv_lora_rank + queries + 2 * values,
+        saved_bytes=saved.attention_half(config),
+        fp8_params=weights,
+        fp8_flops=2.0 * weights,
     )
 
 
-def dense_half(model: ModelConfig) -> BlockSize:
+def dense_half(config: Config) -> BlockSize:
     """``post_attention_layernorm`` and a SwiGLU feed-forward layer: gate, up, down."""
-    weights = 3 * model.hidden_size * model.intermediate_size
+    weights = 3 * config.model.hidden_size * config.model.intermediate_size
     return BlockSize(
-        params=weights + model.hidden_size,
+        params=weights + config.model.hidden_size,
         weight_flops=2.0 * weights,
-        # Input and its norm; gate, up and their product.
-        saved_elements=2 * model.hidden_size + 3 * model.intermediate_size,
+        saved_bytes=saved.dense_half(config),
+        fp8_params=weights,
+        fp8_flops=2.0 * weights,
     )
 
 
-def moe_half(model: ModelConfig) -> BlockSize:
+def moe_half(config: Config) -> BlockSize:
     """``post_attention_layernorm``, router, E routed experts and the shared ones (equations 12-15).
 
     ``e_score_correction_bias`` is a buffer, not a parameter.
     """
+    model = config.model
     expert = 3 * model.hidden_size * model.moe_intermediate_size
     routed, shared = expert * model.n_routed_experts, expert * model.n_shared_experts
     router = model.n_routed_experts * model.hidden_size
-    active_experts = model.num_experts_per_tok + model.n_shared_experts
+    active = model.num_experts_per_tok * expert + shared
     return BlockSize(
         params=routed + shared + router + model.hidden_size,
-        weight_flops=2.0 * (model.num_experts_per_tok * expert + shared + router),
-        # Input and its norm; router scores; per routed copy input and output; per active expert gate, up, product.
-        saved_elements=2 * model.hidden_size
-        + model.n_routed_experts
-        + 2 * model.num_experts_per_tok * model.hidden_size
-        + 3 * active_experts * model.moe_intermediate_size,
+        weight_flops=2.0 * (active + router),
+        saved_bytes=saved.moe_half(config),
         expert_params=routed,
         moe_layers=1,
+        fp8_params=routed + shared,
+        fp8_flops=2.0 * active,
     )
 
 
-def feed_forward_half(model: ModelConfig, layer: int) -> BlockSize:
+def feed_forward_half(config: Config, layer: int) -> BlockSize:
     """The feed-forward half of trunk layer ``layer``."""
-    return moe_half(model) if model.is_moe_layer(layer) else dense_half(model)
+    return moe_half(config) if config.model.is_moe_layer(layer) else dense_half(config)
 
 
 def mtp_module(config: Config) -> BlockSize:
@@ -120,15 +127,14 @@ def mtp_module(config: Config) -> BlockSize:
 
     Equations 21-23; the block is of the kind of the trunk's last layer unless ``mtp.block=dense``.
     """
-    model = config.model
-    dense = config.mtp.block == "dense"
-    feed_forward = dense_half(model) if dense else feed_forward_half(model, model.num_layers - 1)
-    hidden = model.hidden_size
+    feed_forward = moe_half(config) if config.mtp_is_moe else dense_half(config)
+    hidden = config.model.hidden_size
     joint = BlockSize(
         params=3 * hidden + 2 * hidden * hidden,
         weight_flops=4.0 * hidden * hidden,
-        # Embedding and hidden state, both normed side by side, and the input of the last norm.
-        saved_elements=5 * hidden,
+        saved_bytes=saved.mtp_joint(config),
+        fp8_params=2 * hidden * hidden,
+        fp8_flops=4.0 * hidden * hidden,
     )
     return joint + attention_half(config) + feed_forward
 
@@ -148,8 +154,9 @@ def head(config: Config) -> BlockSize:
         weight_flops=depth * module.weight_flops,
         core_flops=depth * module.core_flops,
         loss_flops=2.0 * (depth + 1) * hidden * config.vocab_size,
-        # Input of the final norm; per head its input and the gradient that the loss has computed already.
-        saved_elements=hidden + 2 * (depth + 1) * hidden + depth * module.saved_elements,
+        saved_bytes=saved.heads(config) + depth * module.saved_bytes,
         expert_params=modules * module.expert_params,
         moe_layers=depth * module.moe_layers,
+        fp8_params=modules * module.fp8_params,
+        fp8_flops=depth * module.fp8_flops,
     )

@@ -1,4 +1,4 @@
-"""How numbers are held and multiplied: linears and grouped linears whose weight gradients can wait.
+"""How numbers are held and multiplied: linears, grouped linears and SwiGLU, whose weight gradients can wait.
 
-Imports nothing else from the package. Lower precisions are further implementations of the same two layers.
+``fp8/`` is what those layers do under ``precision=fp8``. Imports nothing else from the package but ``dist_mtp.errors`` and names.
 """

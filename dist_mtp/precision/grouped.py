@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_mtp.precision.weight_grads import DeferrableLayer, accumulate
+from dist_mtp.precision.weight_grads import DeferrableLayer
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, layer: DeferrableLayer) -> Tensor:
@@ -32,20 +32,17 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor, layer: DeferrableLayer) -> Tensor:
         ctx.save_for_backward(x, ends)
         ctx.weight, ctx.layer = weight, layer  # the Parameter itself, as in linear.py
-        return _rows_times_weights(x, weight.transpose(-2, -1), ends)
+        return rows_times_weights(x, weight.transpose(-2, -1), ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_y = grads[0].contiguous()  # the kernel refuses expanded gradients
         (x, ends), weight, layer = ctx.saved_tensors, ctx.weight, ctx.layer
-        grad_x = _rows_times_weights(grad_y, weight, ends) if ctx.needs_input_grad[0] else None
-        if layer.defers():
-            layer.weight_grad_queue.put(lambda: accumulate(weight, _weight_grad(grad_y, x, ends)))
-            return grad_x, None, None, None
-        return grad_x, _weight_grad(grad_y, x, ends), None, None
+        grad_x = rows_times_weights(grad_y, weight, ends) if ctx.needs_input_grad[0] else None
+        return grad_x, layer.deliver(weight, lambda: weight_grad(grad_y, x, ends)), None, None
 
 
-def _rows_times_weights(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def rows_times_weights(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """rows [N, k], weights [E, k, m] -> [N, m]."""
     if rows.shape[0] == 0:
         return rows.new_empty(0, weights.shape[2])
@@ -57,7 +54,7 @@ def _rows_times_weights(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def _weight_grad(grad_y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+def weight_grad(grad_y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """grad_y [N, out], x [N, in] -> [E, out, in]; zeros for an expert without rows."""
     if x.shape[0] == 0:
         return x.new_zeros(ends.shape[0], grad_y.shape[1], x.shape[1])

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_mtp.precision.weight_grads import DeferrableLayer, accumulate
+from dist_mtp.precision.fp8.linear import fp8_linear
+from dist_mtp.precision.weight_grads import DeferrableLayer
 
 
 class Linear(DeferrableLayer):
@@ -20,11 +21,24 @@ class Linear(DeferrableLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""
+        if self.fp8 is not None:
+            return fp8_linear(x, self.weight, self)
         result: Tensor = _Linear.apply(x, self.weight, self)
         return result
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
+
+
+def project(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """Several layers of the same input, [..., in_features], which FP8 layers quantise, and keep for the backward, once."""
+    in_fp8 = next((layer.fp8 for layer in layers if layer.fp8 is not None), None)
+    if in_fp8 is None:
+        return tuple(layer(x) for layer in layers)
+    operand = in_fp8.quantize_input(x)
+    return tuple(
+        layer(x) if layer.fp8 is None else fp8_linear(x, layer.weight, layer, operand=operand) for layer in layers
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -42,7 +56,4 @@ class _Linear(torch.autograd.Function):
         (x,), weight, layer = ctx.saved_tensors, ctx.weight, ctx.layer
         grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
         grad_rows, x_rows = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        if layer.defers():
-            layer.weight_grad_queue.put(lambda: accumulate(weight, grad_rows.t() @ x_rows))
-            return grad_x, None, None
-        return grad_x, grad_rows.t() @ x_rows, None
+        return grad_x, layer.deliver(weight, lambda: grad_rows.t() @ x_rows), None

@@ -8,9 +8,13 @@ weight gradient: their backward returns the input gradient and leaves a closure 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from dist_mtp.precision.fp8.layer import Fp8Layer
 
 DeferredGrad = Callable[[], None]
 
@@ -54,13 +58,43 @@ def accumulate(weight: Tensor, grad: Tensor) -> None:
         weight.grad.add_(grad)
 
 
+def hand_over(weight: Tensor, grad: Tensor) -> Tensor | None:
+    """Add ``grad`` to ``weight``'s ``main_grad``, or return it for autograd where there is none; nothing if it is frozen.
+
+    Autograd would first sum several uses within one microbatch, and round each, in the weight's precision.
+    """
+    if not weight.requires_grad:
+        return None
+    if getattr(weight, "main_grad", None) is None:
+        return grad.to(weight.dtype)
+    accumulate(weight, grad)
+    return None
+
+
 class DeferrableLayer(nn.Module):
-    """A layer whose weight gradient can be withheld; the pipeline stage that owns it sets ``weight_grad_queue``."""
+    """A layer of matrix products, whose weight gradients can be withheld.
+
+    ``weight_grad_queue``: set by the pipeline stage that owns the layer. ``fp8``: set where it multiplies in FP8.
+    """
 
     weight_grad_queue: WeightGradQueue | None = None
+    fp8: Fp8Layer | None = None
 
-    def defers(self) -> bool:
-        return self.weight_grad_queue is not None and self.weight_grad_queue.deferring
+    def deliver(self, weight: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
+        """Let a weight gradient reach its parameter: later, now, or through autograd.
+
+        Args:
+            compute: makes the gradient, in fp32 or the weight's precision.
+
+        Returns:
+            What the autograd function's backward hands on for ``weight``.
+        """
+        if not weight.requires_grad:
+            return None
+        if self.weight_grad_queue is not None and self.weight_grad_queue.deferring:
+            self.weight_grad_queue.put(lambda: accumulate(weight, compute()))
+            return None
+        return hand_over(weight, compute())
 
 
 def attach_queue(module: nn.Module, queue: WeightGradQueue) -> None:

@@ -38,6 +38,15 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["plan", "parallel.ep=4", "parallel.dp=2"], ["parallel.ep=4", "parallel.dp=2", "one of 1, 2"]),
     (["train", "moe.dispatcher=deepep"], ["moe.dispatcher=deepep", "precision=bf16"]),
     (["train", "moe.dispatcher=deepep", "precision=bf16"], ["moe.dispatcher=deepep", "package deep_ep", "alltoall"]),
+    (
+        ["train", "precision=fp8", "precision.fp8_backend=torch", "device=cpu"],
+        ["precision.fp8_backend=torch", "cannot run", "emulated"],
+    ),
+    (
+        ["train", "precision=fp8", "precision.fp8_backend=deep_gemm", "device=cpu"],
+        ["precision.fp8_backend=deep_gemm", "cannot run", "emulated"],
+    ),
+    (["train", "precision=fp8", "precision.fp8_keep_bf16=[*.atention]"], ["'*.atention'", "model.layers.0.self_attn"]),
     (["train", "resume=/nowhere/to/be/found"], ["resume=/nowhere/to/be/found"]),
     (["train", "resume=."], ["resume=.", "manifest.json"]),
     (["train", "device=cuda", "parallel.pp=2", "parallel.dp=50"], ["device=cuda", "100 ranks", "device=cpu"]),

@@ -44,6 +44,11 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"train.hang_timeout_s": 0}, ["train.hang_timeout_s=0", "greater than 0"]),
     ({"optim.eps": 0}, ["optim.eps=0", "greater than 0"]),
     ({"optim.beta2": 1}, ["optim.beta2=1.0", "less than 1"]),
+    (
+        {"optim.moment_dtype": "bf16", "optim.beta2": 0.999},
+        ["optim.beta2=0.999", "0.001 of itself", "0.0039", "at most optim.beta2=0.996", "optim.moment_dtype=fp32"],
+    ),
+    ({"optim.moment_dtype": "bf16", "optim.beta1": 0.9961}, ["optim.beta1=0.9961", "optim.moment_dtype=bf16"]),
     ({"model.qk_rope_head_dim": 15}, ["model.qk_rope_head_dim=15", "even"]),
     ({"model.n_routed_experts": 9}, ["model.n_routed_experts=9", "model.n_group=2"]),
     ({"model.topk_group": 3}, ["model.topk_group=3", "model.n_group=2"]),
@@ -72,6 +77,22 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"moe.dispatcher": "deepep"}, ["moe.dispatcher=deepep", "precision=fp32", "precision=bf16", "alltoall"]),
     ({"moe.dispatcher": "deepep", "precision.name": "bf16", "device": "cpu"}, ["device=cpu", "device=cuda"]),
+    ({"precision.fp8_dispatch": True}, ["precision.fp8_dispatch=True", "precision=fp32", "set precision=fp8"]),
+    ({"precision.name": "bf16", "precision.fp8_backend": "torch"}, ["precision.fp8_backend=torch", "precision=bf16"]),
+    ({"precision.name": "bf16", "precision.fp8_keep_bf16": ["*"]}, ["precision.fp8_keep_bf16", "precision=bf16"]),
+    (
+        {"precision.name": "fp8", "precision.fp8_dispatch": True, "precision.fp8_keep_bf16": ["model.layers.2.*"]},
+        ["model.layers.2.mlp.experts", "precision.fp8_dispatch=false"],
+    ),
+    (
+        {"precision.name": "fp8", "precision.fp8_dispatch": True, "moe.dispatcher": "deepep"},
+        ["precision.fp8_dispatch=true", "moe.dispatcher=alltoall", "deepep"],
+    ),
+    (
+        {"precision.name": "fp8", "precision.fp8_keep_bf16": ["model.layers.0.*", "*.down_porj"]},
+        ["precision.fp8_keep_bf16", "'*.down_porj'", "model.layers.0.self_attn.q_a_proj"],
+    ),
+    ({"precision.fp8_statistics_every": -1}, ["precision.fp8_statistics_every=-1", "negative"]),
     ({"moe.bias_update_speed_steps": [[100, 0.1], [50, 0]]}, ["moe.bias_update_speed_steps", "[100.0, 50.0]"]),
     ({"moe.bias_update_speed_steps": [[100, -0.1]]}, ["moe.bias_update_speed_steps=[[100,-0.1]]", "negative"]),
     ({"moe.seq_aux_loss_coeff": -1}, ["moe.seq_aux_loss_coeff=-1", "negative"]),
@@ -98,6 +119,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"train.steps": 5, "debug.dump_steps": [6]}, ["debug.dump_steps", "step 6", "train.steps=5"]),
     ({"launcher.name": "none"}, ["launcher=none", "parallel.pp=2", "2 ranks", "launcher=local"]),
     ({"ds.optimizer.type": "Adam"}, ["ds.optimizer", "optim.*"]),
+    ({"ds.zero_allow_untested_optimizer": True}, ["ds.zero_allow_untested_optimizer", "optim.moment_dtype"]),
     ({"ds.gradient_clipping": 1.0}, ["ds.gradient_clipping", "optim.clip_norm"]),
     ({"ds.bf16.enabled": True}, ["ds.bf16", "precision"]),
     ({"ds.zero_optimization.stage": 2}, ["ds.zero_optimization.stage", "stage 1"]),
@@ -156,6 +178,7 @@ class TestContradictions:
             {"ds.zero_optimization": {}, "ds.wall_clock_breakdown": True},
             {"ds.zero_optimization.reduce_bucket_size": 5e8, "ds.gradient_predivide_factor": 2},
             {"mtp.loss_weight_steps": [[0, 0]], "optim.min_lr_ratio": 1, "model.rope_scaling.beta_slow": 31.9},
+            {"optim.moment_dtype": "bf16", "optim.beta1": 0, "optim.beta2": 1 - 2**-8},
         ]
         for dotted in accepted:
             config = from_mapping(nested(dotted))

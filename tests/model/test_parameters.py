@@ -10,10 +10,14 @@ from model.model_cases import unit_names
 
 from dist_mtp.cli.compose import compose, config_groups
 from dist_mtp.config import Config, resolve
+from dist_mtp.linear_names import linear_names
 from dist_mtp.model.naming import logical_tensors
 from dist_mtp.model.transformer import LanguageModel
 from dist_mtp.pipeline.costs import list_units, num_parameters, unit_costs
 from dist_mtp.pipeline.devices import PROFILES
+from dist_mtp.precision.fp8.emulated import EmulatedBackend
+from dist_mtp.precision.fp8.layer import attach_fp8
+from dist_mtp.precision.fp8.statistics import KINDS
 
 
 def shipped(*overrides: str) -> Config:
@@ -121,3 +125,29 @@ class TestNames:
             "lm_head.weight",
         ):
             assert name in names, f"{name} is missing"
+
+
+class TestLinearNames:
+    """The names that a configuration's model has for its linear layers are known without building it, and are those of the
+    layers that multiply in FP8.
+
+    A breach: a pattern of ``precision.fp8_keep_bf16`` that is refused though it names a layer, or accepted though it does not.
+    """
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            ("model=tiny", "mtp=d2"),
+            ("model=tiny", "mtp=d3_shared", "model.n_shared_experts=0"),
+            ("model=tiny", "mtp=d1", "mtp.block=dense", "model.tie_word_embeddings=true"),
+            ("model=deepseek_v2_lite", "mtp=off"),
+        ],
+        ids=str,
+    )
+    def test_equal_those_of_the_model(self, overrides: tuple[str, ...]) -> None:
+        config = shipped(*overrides)
+        fp8 = attach_fp8(meta_model(config), EmulatedBackend())
+        names = linear_names(config)
+        assert sorted(fp8.layers) == sorted(names), f"differ in {set(fp8.layers) ^ set(names)}"
+        kinds = {layer.kind for layer in fp8.layers.values()}
+        assert kinds <= set(KINDS), f"{kinds} are not all among {KINDS}"

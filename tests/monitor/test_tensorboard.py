@@ -25,7 +25,12 @@ ROW = {
     "eval_loss_mtp_2": 4.875, "eval_accept_mtp_1": 0.625, "eval_accept_mtp_2": 0.3125, "eval_bits_per_byte": 2.25,
     "load_violation_layer_1": 1.5, "load_violation_layer_10": 2.5, "loss_seq_aux": 1.125, "loss_global_aux": 1.0625,
     "loss_z": 7.5, "all_to_all_bytes": 1.5 * 2**20, "all_to_all_wait_s": 0.125, "dropped_share": 0.0078125,
+    "fp8_underflow_experts_input": 0.03125, "fp8_underflow_mtp_projection_weight": 0.0625, "fp8_saturation_experts_grad": 0.5,
+    "fp8_error_attention_grad": 0.25, "fp8_error_attention_input": 0.5, "fp8_error_attention_weight": 0.75,
+    "fp8_underflow_experts_grad": 0.125, "fp8_scale_min_experts_grad": 2**-20, "fp8_scale_max_experts_grad": 2.0,
 }  # fmt: skip
+FP8_ROLES = ("attention_input", "attention_weight")
+ROW |= {f"fp8_{quantity}_{role}": 0.5 for quantity in ("saturation", "scale_min", "scale_max") for role in FP8_ROLES}
 EXPECTED = {
     "loss/total": 6.5, "loss/main": 5.5, "loss/mtp_1": 5.75, "loss/mtp_2": 5.875, "loss/mtp_weight": 0.25,
     "mtp/accept_rate_1": 0.5, "mtp/accept_rate_2": 0.25, "mtp/expected_tokens_per_step": 1 + 0.5 + 0.125,
@@ -36,7 +41,13 @@ EXPECTED = {
     "progress/tokens": 512, "moe/load_violation/layer_01": 1.5, "moe/load_violation/layer_10": 2.5,
     "moe/loss_seq_aux": 1.125, "moe/loss_global_aux": 1.0625, "moe/loss_z": 7.5, "moe/all_to_all_mib": 1.5,
     "moe/all_to_all_wait_pct": 25.0, "moe/dropped_pct": 0.78125,
+    "fp8/underflow_pct/experts_input": 3.125, "fp8/underflow_pct/mtp_projection_weight": 6.25,
+    "fp8/underflow_pct/experts_grad": 12.5, "fp8/saturation_pct/experts_grad": 50.0,
+    "fp8/error_pct/attention_grad": 25.0, "fp8/error_pct/attention_input": 50.0, "fp8/error_pct/attention_weight": 75.0,
+    "fp8/scale_min/experts_grad": 2**-20, "fp8/scale_max/experts_grad": 2.0,
 }  # fmt: skip
+EXPECTED |= {f"fp8/saturation_pct/{role}": 50.0 for role in FP8_ROLES}
+EXPECTED |= {f"fp8/scale_{end}/{role}": 0.5 for end in ("min", "max") for role in FP8_ROLES}
 
 
 def start(folder, report=pytest.fail, purge_step=None):
@@ -45,6 +56,7 @@ def start(folder, report=pytest.fail, purge_step=None):
         num_depths=NUM_DEPTHS,
         has_experts=True,
         ep=2,
+        fp8=True,
         config_text="model:\n  name: tiny",
         plan_text="stage 0: embedding",
         hparams={"optim.lr": 0.1, "model.name": "tiny", "parallel.dp": None, "debug.dump_steps": (1, 2)},
@@ -99,7 +111,7 @@ def test_all_depths_share_one_chart(events):
     config = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     layout = layout_pb2.Layout.FromString(config)
     titles = {category.title for category in layout.category}
-    assert titles == {"Loss", "MTP", "Throughput", "MoE"}, titles
+    assert titles == {"Loss", "MTP", "Throughput", "MoE", "FP8"}, titles
     charts = [chart for category in layout.category for chart in category.chart]
     loss_charts = [list(chart.multiline.tag) for chart in charts if "loss/main" in chart.multiline.tag]
     assert loss_charts == [["loss/main", "loss/mtp_1", "loss/mtp_2"]], loss_charts
@@ -116,7 +128,7 @@ def charted(tags, chart):
 
 def test_layers_share_one_chart_and_so_do_auxiliary_losses():
     """A model with 58 MoE layers must not need 58 charts, and the balance of no layer may be missing from the one."""
-    charts = chart_layout(1, has_experts=True, ep=1)["MoE"]
+    charts = chart_layout(1, has_experts=True, ep=1, fp8=False)["MoE"]
     layers = {f"moe/load_violation/layer_{layer:02d}" for layer in range(3, 62)}
     drawn = charted(layers | EXPECTED.keys(), charts["largest load over the mean load, minus 1"])
     expected = {"moe/load_max_violation", "moe/load_violation/layer_01"} | layers
@@ -127,8 +139,8 @@ def test_layers_share_one_chart_and_so_do_auxiliary_losses():
 
 def test_charts_are_those_the_run_fills():
     """Empty charts: none of experts for a dense model, none of the all-to-all where no rank shares its experts."""
-    assert "MoE" not in chart_layout(1, has_experts=False, ep=1)
-    alone, shared = (chart_layout(1, has_experts=True, ep=ep)["MoE"] for ep in (1, 2))
+    assert not {"MoE", "FP8"} & chart_layout(1, has_experts=False, ep=1, fp8=False).keys()
+    alone, shared = (chart_layout(1, has_experts=True, ep=ep, fp8=False)["MoE"] for ep in (1, 2))
     added = [tag for title in shared.keys() - alone.keys() for tag in shared[title][1]]
     assert sorted(added) == ["moe/all_to_all_mib", "moe/all_to_all_wait_pct"], added
 

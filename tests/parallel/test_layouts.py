@@ -43,6 +43,7 @@ from support.worlds import (
     EXPERT_VARIANTS,
     FOUR_RANK_EXPERT_LAYOUTS,
     FOUR_RANK_VARIANTS,
+    MASTER_LAYOUTS,
     ODD_MICROBATCHES,
     SPECIAL_LAYOUTS,
     SPECIAL_VARIANTS,
@@ -58,6 +59,8 @@ HIDDEN_SHAPE = (1, 24, 32)
 EMBEDDING, EMBEDDING_SHAPE = "model.embed_tokens.weight", (257, 32)
 BF16_GRADIENT_BOUND = 1e-7
 """See :class:`TestBf16`."""
+FP32_SUM_BOUND = 1e-6
+"""Of a gradient of norms and routers, which are fp32 from the start: a few roundings of 2^-24, in another order (found: 1.6e-7)."""
 
 
 @pytest.fixture(scope="module")
@@ -295,13 +298,14 @@ class TestBf16:
     @pytest.mark.parametrize("variant", BF16_VARIANTS, ids=str)
     def test_shared_experts(self, folder: Path, layout: Layout, variant: Variant) -> None:
         """Where ranks share experts, an expert's gradient is one product over the tokens of all of them, rounded to bf16 once
-        and not once per rank: it may differ by a rounding, 2^-8 of its size (found: 2.8e-3). Nothing else may."""
+        and not once per rank: it may differ by a rounding, 2^-8 of its size (found: 2.8e-3). All
+        else may differ by the order of fp32 sums."""
         run, reference = run_of(folder, layout, variant), run_of(folder, REFERENCE, variant)
         assert compare(run, reference, steps=[1]).loss == 0
         ours, theirs = (load_file(path / "dumps" / "step_1.safetensors") for path in (run, reference))
         for name in theirs:
             if name.startswith("grad/"):
-                bound = 2**-8 if ".experts." in name else BF16_GRADIENT_BOUND
+                bound = 2**-8 if ".experts." in name else FP32_SUM_BOUND
                 distance = relative(ours[name], theirs[name])
                 assert distance <= bound, f"{name}: {distance:.1e}, bound {bound:.1e}"
 
@@ -321,26 +325,32 @@ class TestBf16:
     @pytest.mark.parametrize("layout", [REFERENCE, *SPECIAL_LAYOUTS], ids=str)
     @pytest.mark.parametrize("variant", BF16_VARIANTS, ids=str)
     def test_types(self, folder: Path, layout: Layout, variant: Variant) -> None:
-        """Weights are bf16, gradients fp32, and router biases stay fp32: bf16 could not add 0.001 to a bias of 0.5."""
-        types: dict[str, set[torch.dtype]] = {"param": set(), "grad": set(), "bias": set()}
+        """Weights are bf16 but for norms, gradients fp32, and router biases stay fp32: bf16 could not add 0.001 to a bias of
+        0.5."""
         for step in range(1, STEPS + 1):
             for name, tensor in load_file(run_of(folder, layout, variant) / f"dumps/step_{step}.safetensors").items():
-                types.get(name.partition("/")[0], set()).add(tensor.dtype)
-        assert types == {"param": {torch.bfloat16}, "grad": {torch.float32}, "bias": {torch.float32}}, types
+                if name.startswith(("param/", "grad/", "bias/")):
+                    narrow = name.startswith("param/") and "norm" not in name
+                    assert tensor.dtype == (torch.bfloat16 if narrow else torch.float32), f"{name}: {tensor.dtype}"
 
     @pytest.mark.parametrize("layout", SPECIAL_LAYOUTS, ids=str)
     @pytest.mark.parametrize("variant", BF16_VARIANTS, ids=str)
     def test_hidden_states_travel_in_bf16(self, folder: Path, layout: Layout, variant: Variant) -> None:
         assert_traffic(facts_of(folder, layout, variant), layout, variant, "torch.bfloat16")
 
-    @pytest.mark.parametrize("layout", SPECIAL_LAYOUTS, ids=str)
-    def test_masters_move(self, folder: Path, layout: Layout) -> None:
-        """Updates far below the spacing of bf16 weights are not lost: every parameter's fp32 masters take them up while its
-        bf16 weights, which are the rounded masters, stay."""
+    @pytest.mark.parametrize("layout", MASTER_LAYOUTS, ids=str)
+    def test_masters(self, folder: Path, layout: Layout) -> None:
+        """Masters start from the numbers that an fp32 run starts from, and take up updates far below bf16's spacing; weights are
+        masters rounded, and norms compute with all of the master's digits, whichever rank owns it.
+
+        A breach: masters that start from rounded weights, so that no weight moves in the first steps of a warmup.
+        """
         for facts in facts_of(folder, layout, TINY_STEPS):
             assert facts
-            for name, moved in facts.items():
-                assert moved["dtypes"] == ["torch.float32", "torch.bfloat16"], f"{name}: {moved}"
-                assert moved["masters_moved"] > 0, f"{name}: {moved}"
-                assert moved["weights_moved"] == 0, f"{name}: {moved}"
-                assert moved["out_of_step"] == 0, f"{name}: {moved}"
+            for name, found in facts.items():
+                assert found["dtypes"] == ["torch.float32", "torch.bfloat16"], f"{name}: {found}"
+                assert found["not_drawn"] == 0, f"{name}: {found}"
+                assert found["masters_moved"] > 0, f"{name}: {found}"
+                assert found["out_of_step"] == 0, f"{name}: {found}"
+                assert found["has_copy"] == ("norm" in name), f"{name}: {found}"
+                assert found["copies_off"] == 0, f"{name}: {found}"

@@ -20,7 +20,11 @@ from dist_mtp.snapshot import CHECKPOINTS, restore_newest
 pytestmark = pytest.mark.usefixtures("world_of_one")
 MESH: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
 ENGINE: Any = SimpleNamespace(
-    all_fragments=list, named_parameters=list, model=nn.Module(), set_optimizer_step=lambda step: None
+    weights_changed=lambda: None,
+    all_fragments=list,
+    named_parameters=list,
+    model=nn.Module(),
+    set_optimizer_step=lambda step: None,
 )
 
 

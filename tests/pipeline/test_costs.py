@@ -126,6 +126,31 @@ class TestTimes:
         total = total_cost(unit_costs(config, PROFILES["h100"])[1:]).time * PROFILES["h100"].flops_per_s / 4096
         assert total == pytest.approx(flops_per_token(config)), f"{total} != {flops_per_token(config)}"
 
+    def test_linear_layers_in_fp8(self) -> None:
+        """They multiply at the speed of FP8; attention's core, routers and losses at that of bf16."""
+        config = dataclasses.replace(v3_config(), precision=PrecisionConfig(name="fp8"))
+        profile = dataclasses.replace(PROFILES["h100"], flops_per_s=6e14, fp8_flops_per_s=11e14)
+        attention = 7168 * 1536 + 1536 * 24576 + 7168 * 576 + 512 * 32768 + 16384 * 7168
+        experts, joint, router, dense = 9 * 3 * 7168 * 2048, 2 * 7168**2, 256 * 7168, 3 * 7168 * 18432
+        # Per token: weights in FP8, weights in bf16, FLOPs of attention's core, FLOPs of the losses.
+        core, losses = 4096 * 128 * (192 + 128), 2 * 2 * 7168 * 129280
+        work = {
+            "attention": (attention, 0, core, 0),
+            "dense_ffn": (dense, 0, 0, 0),
+            "moe_ffn": (experts, router, 0, 0),
+            "head": (attention + experts + joint, router, core, losses),
+        }
+        for unit, cost in list(zip(list_units(config), unit_costs(config, profile), strict=True))[1:]:
+            in_fp8, in_bf16, of_core, of_losses = work[unit.kind]
+            weights = 4096 * 2 * (in_fp8 / 11e14 + in_bf16 / 6e14)
+            expected = (
+                weights + 4096 * (of_core + 3 * of_losses) / 6e14,
+                weights + 4096 * 2 * of_core / 6e14,
+                weights,
+            )
+            found = (cost.time_f, cost.time_i, cost.time_w)
+            assert found == pytest.approx(expected), f"{unit.name}: {found} != {expected}"
+
     def test_activations_grow_with_the_microbatch(self) -> None:
         config = tiny_config()
         double = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=8))
@@ -165,6 +190,26 @@ class TestExpertParallelism:
             found = [c.all_to_all_bytes for c in unit_costs(expert_parallel(config, ep=ep), PROFILES["cpu"])]
             expected = [0, 0, 0, 0, 4 * exchange * share, 2 * 4 * exchange * share]
             assert found == expected, f"ep={ep}: {found} != {expected}"
+
+    def test_dispatch_in_fp8(self) -> None:
+        """Towards experts, in F and I once each, a row is 7168 values and 56 exponents of a byte; back it is bf16."""
+        config = expert_parallel(v3_config(depth=2), ep=64, dp=128)
+        config = dataclasses.replace(config, precision=PrecisionConfig(name="fp8", fp8_dispatch=True))
+        towards, back = (4096 * 8 * width * 63 // 64 for width in (7168 + 56, 2 * 7168))
+        narrow, wide = (
+            unit_costs(
+                dataclasses.replace(config, precision=PrecisionConfig(name="fp8", fp8_dispatch=fp8)), PROFILES["h800"]
+            )
+            for fp8 in (True, False)
+        )
+        for unit, after, before in zip(list_units(config), narrow, wide, strict=True):
+            layers = {"moe_ffn": 1, "head": 2}.get(unit.kind, 0)
+            expected = 2 * layers * (towards + back)
+            assert after.all_to_all_bytes == expected, f"{unit.name}: {after.all_to_all_bytes} != {expected}"
+            saved = layers * (back - towards) / 4.5e10
+            for kind in ("time_f", "time_i"):
+                found = getattr(before, kind) - getattr(after, kind)
+                assert found == pytest.approx(saved, abs=1e-12), f"{unit.name}, {kind}: {found} != {saved}"
 
     @pytest.mark.parametrize(
         ("mtp", "head_layers"),

@@ -12,6 +12,8 @@ from dist_mtp.pipeline.costs import num_parameters
 from dist_mtp.pipeline.devices import PROFILES
 from dist_mtp.pipeline.experts import ExpertPlan, place_experts
 from dist_mtp.pipeline.plan import Plan, make_plan
+from dist_mtp.precision.fp8.emulated import EmulatedBackend
+from dist_mtp.precision.fp8.layer import attach_fp8
 
 V3 = ("model=deepseek_v3", "parallel.pp=16", "parallel.dp=128", "parallel.ep=64")
 V2_LITE = ("model=deepseek_v2_lite", "parallel.pp=4", "parallel.dp=8", "parallel.ep=8")
@@ -50,6 +52,19 @@ class TestParameters:
                 assert found == expected, f"rank {rank.rank}, expert rank {expert_rank}: {found}, planned {expected}"
             local = sum(stage["params"] for stage in plan.to_json()["stages"] if stage["rank"] == rank.rank)
             assert local == sum(expected), f"rank {rank.rank}: its stages have {local}, not {sum(expected)}"
+
+    @pytest.mark.parametrize("overrides", [(*V3, V), (*V2_LITE, *LAST)])
+    def test_in_fp8(self, overrides: tuple[str, ...]) -> None:
+        """Those of the layers that FP8 training attaches itself to."""
+        config, plan = planned(*overrides)
+        for rank in plan.ranks:
+            stages = plan.stages_of(rank.rank)
+            with torch.device("meta"):
+                model = LanguageModel(config, [name for stage in stages for name in stage.unit_names])
+            layers = attach_fp8(model, EmulatedBackend()).layers
+            found = sum(p.numel() for name in layers for p in model.get_submodule(name).parameters())
+            expected = sum(stage.cost.fp8_params for stage in stages)
+            assert found == expected, f"rank {rank.rank}: {found} parameters in FP8, planned {expected}"
 
     def test_of_all_ranks(self) -> None:
         """671.03e9 of the main model and 11.61e9 of the MTP module, each expert counted on one of its copies."""

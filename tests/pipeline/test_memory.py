@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from pipeline.pipeline_cases import tiny_config
 
-from dist_mtp.config import Config, ParallelConfig, PrecisionConfig
+from dist_mtp.config import Config, OptimConfig, ParallelConfig, PrecisionConfig
 from dist_mtp.pipeline.costs import UnitCost
 from dist_mtp.pipeline.memory import RankMemory, rank_memory
 from dist_mtp.pipeline.plan import make_plan
@@ -49,6 +49,21 @@ def test_of_400_dense_and_600_expert_parameters(precision: str, dp: int, ep: int
     )
     assert found == expected, f"{found} != {expected}"
     assert found.total_bytes == 1000 * weights + 4000 + optimizer + 7
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bf16_moments(precision: str) -> None:
+    """A master weight of 4 bytes and two moments of 2."""
+    config = dataclasses.replace(config_of(precision, 4, 2), optim=OptimConfig(moment_dtype="bf16"))
+    found = rank_memory(config, 1, COST, activation_bytes=7).optimizer_bytes
+    assert found == 8 * (100 + 300), found
+
+
+def test_fp8_copies_of_weights() -> None:
+    """bf16 and two copies in FP8, the transposed one for the backward, of the 900 parameters of linear layers and experts."""
+    cost = dataclasses.replace(COST, fp8_params=900)
+    found = {name: rank_memory(config_of(name, 4, 2), 1, cost, 7).weight_bytes for name in ("fp32", "bf16", "fp8")}
+    assert found == {"fp32": 4000, "bf16": 2000, "fp8": 2000 + 2 * 900}, found
 
 
 def test_activations_are_those_of_the_predicted_step() -> None:

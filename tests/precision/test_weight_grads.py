@@ -128,16 +128,17 @@ class TestSameGradients:
     def test_main_grad(self, kind: type[Linear | Grouped]) -> None:
         """bf16 weights with an fp32 ``main_grad`` sum there, where small terms survive; ``.grad`` stays empty."""
         model, queue = network(kind, torch.bfloat16)
-        for parameter in model.parameters():
-            parameter.main_grad = torch.full(parameter.shape, 100.0)
         backward(model, queue, microbatch(1).bfloat16(), defer=False)
         expected = weight_grads(model)
         model.zero_grad()
+        for parameter in model.parameters():
+            parameter.main_grad = torch.full(parameter.shape, 100.0)
+        backward(model, queue, microbatch(1).bfloat16(), defer=False)
         backward(model, queue, microbatch(1).bfloat16(), defer=True)
         run(queue.take())
         for name, parameter in model.named_parameters():
             assert parameter.grad is None, f"{name}: .grad is {parameter.grad}"
-            wanted = 100 + expected[name].float()
+            wanted = 100 + expected[name].float() + expected[name].float()
             assert torch.equal(parameter.main_grad, wanted), f"{name}: {parameter.main_grad} != {wanted}"
 
     def test_first_layer_without_input_gradient(self, kind: type[Linear | Grouped]) -> None:

@@ -28,6 +28,8 @@ from dist_mtp.model.moe import MoE, attach_dispatcher
 from dist_mtp.parallel.deepep import DeepEPDispatcher
 from dist_mtp.parallel.dispatch import AllToAllDispatcher, make_dispatcher
 from dist_mtp.parallel.mesh import Mesh, init_process_group, make_mesh
+from dist_mtp.precision.fp8.emulated import EmulatedBackend
+from dist_mtp.precision.fp8.layer import attach_fp8
 from dist_mtp.precision.weight_grads import WeightGradQueue, attach_queue, run
 
 WORLD_SIZE = 4
@@ -60,6 +62,8 @@ CASES = {
     "no shared experts": Case(model={"n_shared_experts": 0}),
     "bf16": Case(tokens=(30, 20, 10, 25), dtype=torch.bfloat16),
 }
+WIDE = Case(tokens=(30, 0, 10, 25), model={"hidden_size": 160}, dtype=torch.bfloat16)
+"""Rows of two tiles, the second one not whole."""
 DEEPEP_CASES = ("ordinary", "empty experts", "uneven", "bf16")
 LATE_S = 1.0
 EXPERTS = (8, 64, 256)
@@ -74,6 +78,7 @@ def world_of_4(folder: Path) -> None:
             "cases": {name: run_case(case, meshes) for name, case in CASES.items()},
             "variations": {ep: run_variations(mesh) for ep, mesh in meshes.items()},
             "operations": {(ep, n): count_operations(meshes.get(ep), n) for ep in (1, *DEGREES) for n in EXPERTS},
+            "fp8": {ep: run_fp8(mesh) for ep, mesh in meshes.items()},
             "waits": wait_for_late_rank(meshes[2]),
             "autoep": run_autoep(meshes[2]),
         },
@@ -217,6 +222,29 @@ def pipelined(layer: nn.Module, batches: list[tuple[Tensor, Tensor]], order: str
             y.backward(grad_y)
             results |= {f"output {number}": y.detach(), f"input {number}": gradient(x)}
     return results | parameter_gradients(layer)
+
+
+def run_fp8(mesh: Mesh) -> dict[str, Any]:
+    """The layer in FP8: whole, shared, and shared with tokens that travel in FP8, that one withheld and recomputed, too."""
+    assert mesh.expert_group is not None
+    backend, batch = EmulatedBackend(), tokens_of(WIDE)
+
+    def layer(mesh: Mesh | None, *, dispatch: bool = False) -> MoE:
+        shared = None if mesh is None else AllToAllDispatcher(mesh.expert_group, backend if dispatch else None)
+        built = build_layer(WIDE, mesh, shared)
+        attach_fp8(nn.ModuleDict({"mlp": built}), backend, power_of_two=True)
+        return built
+
+    shared, travels_in_fp8 = layer(mesh), layer(mesh, dispatch=True)
+    results: dict[str, Any] = {
+        "whole": measure(layer(None), *batch),
+        "shared": measure(shared, *batch),
+        "dispatch": measure(travels_in_fp8, *batch),
+        "bytes": [each.dispatcher.traffic.take()[0] for each in (shared, travels_in_fp8)],  # type: ignore[attr-defined]
+    }
+    results["deferred"] = deferred(travels_in_fp8, *batch)
+    results["recomputed"] = measure(travels_in_fp8, *batch, "non-reentrant")
+    return results
 
 
 def count_operations(mesh: Mesh | None, experts: int) -> dict[str, dict[str, int]]:

@@ -32,6 +32,9 @@ from support.parity import (
     run_steps,
 )
 
+from dist_mtp.model.init import initialize
+from dist_mtp.model.transformer import LanguageModel
+
 FOUR_RANK_VARIANTS = (Variant(1), Variant(2, tied=True), Variant(3))
 EVALUATED = Variant(2)
 """Evaluated before each step."""
@@ -58,6 +61,8 @@ BF16_VARIANTS = (Variant(2, extra=BF16), Variant(2, tied=True, extra=BF16))
 BF16_EXPERT_LAYOUTS = (Layout("v", "zbv", 1, 4, 2), Layout("last", "1f1b", 2, 2, 2))
 TINY_STEPS = Variant(2, extra=(*BF16, ("optim.lr", 1e-7)))
 """Every update is far below the spacing of the bf16 weights."""
+MASTER_LAYOUTS = (Layout("v", "zbv", 2), Layout("v", "zbv", 1, 2))
+"""In the second one, masters are divided between the ranks."""
 BALANCED = Variant(
     2,
     extra=(
@@ -140,7 +145,8 @@ def world_of_2(folder: Path) -> None:
             run_steps(make_config(folder, layout, variant))
         for variant in BF16_VARIANTS:
             _run_observed(folder, layout, variant)
-        _run_tiny_steps(folder, layout)
+    for layout in MASTER_LAYOUTS:
+        _run_masters(folder, layout)
 
     for layout in expert_layouts(2):
         for variant in EXPERT_VARIANTS:
@@ -233,19 +239,34 @@ def _run_observed(folder: Path, layout: Layout, variant: Variant) -> None:
     _write_facts(folder, layout, variant, facts)
 
 
-def _run_tiny_steps(folder: Path, layout: Layout) -> None:
-    """Train and write down, by parameter, how its fp32 masters and its bf16 weights moved."""
+def _run_masters(folder: Path, layout: Layout) -> None:
+    """Train with steps far below the spacing of bf16, and write down where masters, weights and fp32 copies stand."""
+    drawn: dict[str, torch.Tensor] = {}
     before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    trainer = run_steps(make_config(folder, layout, TINY_STEPS), on_start=lambda t: before.update(_weights(t.engine)))
+
+    def on_start(trainer: Any) -> None:
+        before.update(_weights(trainer.engine))
+        in_fp32 = LanguageModel(trainer.config, {unit for stage in trainer.stages.values() for unit in stage.units})
+        initialize(in_fp32, seed=trainer.config.train.seed, std=trainer.config.model.initializer_range)
+        drawn.update((name, parameter.detach().flatten()) for name, parameter in in_fp32.named_parameters())
+
+    trainer = run_steps(make_config(folder, layout, TINY_STEPS), on_start=on_start)
+    starts = {fragment.parameter: fragment.start for fragment in trainer.engine.all_fragments()}
+    parameters: dict[str, Any] = dict(trainer.engine.named_parameters())
     facts = {}
     for name, (master, weight) in _weights(trainer.engine).items():
-        old_master, old_weight = before[name]
+        old_master, _ = before[name]
+        mine = slice(starts[name], starts[name] + len(master))
+        copy = getattr(parameters[name], "fp32_copy", None)
         facts[name] = {
             "dtypes": [str(master.dtype), str(weight.dtype)],
+            "not_drawn": int((old_master != drawn[name][mine]).sum()),
             "masters_moved": int((master != old_master).sum()),
-            # A weight close to zero has a spacing small enough to follow.
-            "weights_moved": int(((weight != old_weight) & (old_weight.abs() > 1e-3)).sum()),
             "out_of_step": int((master.to(weight.dtype) != weight).sum()),
+            "has_copy": copy is not None,
+            "copies_off": 0
+            if copy is None
+            else int((copy[mine] != master).sum() + (copy.to(weight.dtype) != parameters[name]).sum()),
         }
     _write_facts(folder, layout, TINY_STEPS, facts)
 
