@@ -248,8 +248,8 @@ class TestFp8InTraining:
             assert bool(ours) == (step % 2 == 0), f"step {step}: {sorted(ours)}"
             for key, value in ours.items():
                 if key.startswith("fp8_error"):
-                    # Experts' rows that came in FP8 lose nothing when they are quantised again.
-                    least = 1e-3 if key == "fp8_error_experts_input" else 0.02
+                    # Experts' rows that came in FP8, tokens and gradients, lose nothing when they are quantised again.
+                    least = 1e-3 if key in ("fp8_error_experts_input", "fp8_error_experts_grad") else 0.02
                     assert least < value < 0.03, f"step {step}: {key} {value}"
         kinds = {key.removeprefix("fp8_error_") for key in first[1] if key.startswith("fp8_error_")}
         expected = {f"{k}_{r}" for k in ("attention", "shared_experts", "experts") for r in ("input", "weight", "grad")}

@@ -336,3 +336,11 @@ def test_frozen_weight() -> None:
     layer(x).backward(tensor(30, 20, seed=3))
     assert x.grad is not None
     assert not layer.weight.main_grad.any()  # type: ignore[operator]
+
+
+def test_experts_scales_are_those_of_their_rows_on_the_wire() -> None:
+    """Rows that come in FP8 have powers of two; another scale would round them once more."""
+    model = nn.ModuleDict({"experts": Linear(4, 4), "self_attn": Linear(4, 4)})
+    fp8 = attach_fp8(model, EmulatedBackend(), fp8_dispatch=True)
+    found = {name: layer.power_of_two for name, layer in fp8.layers.items()}
+    assert found == {"experts": True, "self_attn": False}, found
