@@ -15,11 +15,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -28,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402 - imports below need the path of this checkout
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure, SubFigure  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from training_runs import FAINT, INK, prepare, train_alone  # noqa: E402
 
 from dist_mtp.monitor.metrics import read_metrics  # noqa: E402
 
@@ -157,17 +156,7 @@ def train(variant: Variant, folder: Path, timeout_s: float) -> Trained:
     run = (folder / variant.name).resolve()
     if not (run / "result.json").exists():
         print(f"training {STEPS} steps, {variant.label} ...", flush=True)
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "dist_mtp", "train", *OVERRIDES, *variant.overrides),
-                *(f"run.dir={run}", f"data.cache_dir={run.parent / 'data'}"),
-            ],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            timeout=timeout_s,
-            check=True,
-        )
+        train_alone(run, (*OVERRIDES, *variant.overrides), timeout_s)
     return Trained(variant, read_metrics(run / "metrics.jsonl"), expert_shares(run))
 
 
@@ -195,9 +184,6 @@ def table(summaries: list[dict[str, Any]]) -> list[str]:
             f"{run['seconds']:>4}"
         )
     return lines
-
-
-INK, FAINT, RULE = "#222222", "#666666", "#c8ccd0"
 
 
 def draw(trained: list[Trained], path: Path) -> None:
@@ -285,17 +271,6 @@ def draw_losses(axes: Axes, trained: list[Trained]) -> None:
         title_fontsize=9,
         alignment="left",
     )
-
-
-def prepare(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
-    axes.grid(color=RULE, linewidth=0.5, alpha=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=FAINT, labelsize=9, length=0)
-    axes.xaxis.label.set(color=FAINT, fontsize=9)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
 
 
 def smooth(values: Any, window: int = 50) -> np.ndarray:

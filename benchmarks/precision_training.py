@@ -15,10 +15,8 @@ import argparse
 import contextlib
 import datetime
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402 - imports below need the path of this checkout
 import yaml  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from training_runs import FAINT, INK, prepare, train_alone  # noqa: E402
 
 from dist_mtp.monitor.metrics import read_metrics  # noqa: E402
 
@@ -135,17 +134,7 @@ def train(variant: Variant, seed: int, folder: Path, steps: int, timeout_s: floa
     overrides = (*OVERRIDES, *variant.overrides, f"train.seed={seed}", f"train.steps={steps}")
     if not is_trained(run, overrides):
         print(f"training {steps} steps, {variant.label}, seed {seed} ...", flush=True)
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "dist_mtp", "train", *overrides, f"run.dir={run}"),
-                *(f"data.cache_dir={folder / 'data'}", "resume=never"),
-            ],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            timeout=timeout_s,
-            check=True,
-        )
+        train_alone(run, overrides, timeout_s)
     return read_metrics(run / "metrics.jsonl")
 
 
@@ -197,9 +186,6 @@ def table(gaps: dict[str, Any], seeds: list[int]) -> list[str]:
     return lines
 
 
-INK, FAINT, RULE = "#222222", "#666666", "#c8ccd0"
-
-
 def draw(runs: Runs, seeds: list[int], path: Path) -> None:
     """Losses of all runs, and beside them the relative gaps, which the losses are too close to show."""
     figure = Figure(figsize=(13, 4.8), dpi=130, layout="constrained")
@@ -208,6 +194,8 @@ def draw(runs: Runs, seeds: list[int], path: Path) -> None:
         f"model=small (MoE), one MTP module, bytes of Shakespeare, {len(seeds)} seeds\n", fontsize=13, color=INK
     )
     losses, *gaps = figure.subplots(1, 3, width_ratios=(1.1, 1, 1))
+    for axes in (losses, *gaps):
+        axes.set_xlabel("optimizer step")
     prepare(losses, "Training loss, main + MTP (mean of 25 steps)")
     for variant in (FP32, BF16, FP8):
         for seed in seeds:
@@ -253,17 +241,6 @@ def smooth(rows: Rows, window: int) -> tuple[np.ndarray, np.ndarray]:
     losses = [row["loss"] for row in rows]
     means = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     return np.arange(window, len(losses) + 1), means
-
-
-def prepare(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
-    axes.grid(color=RULE, linewidth=0.5, alpha=0.6)
-    axes.set_axisbelow(True)
-    axes.set_xlabel("optimizer step", fontsize=9, color=FAINT)
-    axes.tick_params(colors=FAINT, labelsize=9, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
 
 
 if __name__ == "__main__":
