@@ -189,14 +189,14 @@ def make_trainer(config: Config) -> Any:
     from dist_mtp.trainer import Trainer
 
     device = init_process_group(timeout_s=120)
-    _end_trainers()
+    end_trainers()
     corpus = prepare(config.data, config.tokenizer)
     trainer = Trainer(config, make_mesh(config, device), make_plan(config), corpus, Monitor())
     _trainers.append(trainer)
     return trainer
 
 
-def _end_trainers() -> None:
+def end_trainers() -> None:
     """End the trainers before this one, with their process groups: each of gloo's has threads that wake up a hundred times a
     second, and after a hundred trainers nothing else would run."""
     from deepspeed.utils import groups

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from support.parity import REFERENCE, STEPS, Layout, Variant, make_config, make_trainer, run_steps
+from support.parity import REFERENCE, STEPS, Layout, Variant, end_trainers, make_config, make_trainer, run_steps
 from torch import Tensor
 
 from dist_mtp.config import Config
@@ -82,6 +82,7 @@ def world_of_2(folder: Path) -> None:
     for layout in WATCHED:
         _watch_fp8(folder, layout)
     (folder / f"refusal.rank{dist.get_rank()}").write_text(_refusal_of_one_rank(folder))
+    end_trainers()  # the refused one's process groups must not be left to the interpreter's end, where gloo may abort
 
 
 def _reverse_microbatches(trainer: Any) -> None:
