@@ -12,7 +12,6 @@ picture to ``docs/pictures/balancing.png``. Exit code 1 unless the bias brings t
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import platform
@@ -33,7 +32,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure, SubFigure  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from training_runs import FAINT, INK, prepare, train_alone  # noqa: E402
+from training_runs import FAINT, INK, parser_for, prepare, train_alone  # noqa: E402
 
 from dist_mtp.monitor.metrics import read_metrics  # noqa: E402
 
@@ -119,11 +118,7 @@ class Trained:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "balancing.json")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pictures" / "balancing.png")
-    parser.add_argument("--runs", type=Path, help="keep the run folders here, and do not repeat runs that it holds")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one run")
+    parser = parser_for(__doc__.splitlines()[0], "balancing", 1800)
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="dist_mtp_balancing_") as scratch:

@@ -34,7 +34,7 @@ import yaml  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from training_runs import FAINT, INK, prepare, train_alone  # noqa: E402
+from training_runs import FAINT, INK, parser_for, prepare, train_alone  # noqa: E402
 
 from dist_mtp.monitor.metrics import read_metrics  # noqa: E402
 
@@ -85,14 +85,10 @@ Runs = dict[tuple[str, int], Rows]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_for(__doc__.splitlines()[0], "precision_training", 5400)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "precision_training.json")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pictures" / "precision_training.png")
-    parser.add_argument("--runs", type=Path, help="keep the run folders here, and do not repeat runs that it holds")
-    parser.add_argument("--timeout", type=float, default=5400, help="seconds for one run")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="dist_mtp_precision_") as scratch:

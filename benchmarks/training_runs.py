@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,6 +13,16 @@ from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parents[1]
 INK, FAINT, RULE = "#222222", "#666666", "#c8ccd0"
+
+
+def parser_for(description: str, name: str, timeout_s: float) -> argparse.ArgumentParser:
+    """Options of every such benchmark; ``name`` is that of its files."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "pictures" / f"{name}.png")
+    parser.add_argument("--runs", type=Path, help="keep the run folders here, and do not repeat runs that it holds")
+    parser.add_argument("--timeout", type=float, default=timeout_s, help="seconds for one run")
+    return parser
 
 
 def train_alone(run: Path, overrides: Sequence[str], timeout_s: float) -> None:

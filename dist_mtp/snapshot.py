@@ -15,7 +15,7 @@ from dist_mtp.checkpoint.save import save
 from dist_mtp.config import Config, to_dict
 from dist_mtp.errors import CheckpointError
 from dist_mtp.model.naming import router_state
-from dist_mtp.parallel.collectives import all_max, broadcast_text, from_rank_0
+from dist_mtp.parallel.collectives import any_problem, from_rank_0
 from dist_mtp.parallel.engine import Engine
 from dist_mtp.parallel.mesh import Mesh
 from dist_mtp.same_run import clashes
@@ -117,9 +117,8 @@ def _verify_together(path: Path, mesh: Mesh, beat: Callable[[], None]) -> None:
         CheckpointReader(path, verify=False).verify(mesh.rank, mesh.world_size, beat)
     except CheckpointError as error:
         problem = str(error)
-    (finder,) = all_max([mesh.rank + 1 if problem else 0], mesh.device)
-    if finder:
-        raise CheckpointError(broadcast_text(problem, mesh.device, src=int(finder) - 1))
+    if found := any_problem(problem, mesh.device):
+        raise CheckpointError(found)
 
 
 def _slices(engine: Engine, mesh: Mesh, beat: Callable[[], None]) -> Iterator[TensorSlice]:

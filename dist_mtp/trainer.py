@@ -139,9 +139,9 @@ class Trainer:
         batches = self.batches.step("train", step - 1, mtp_weight)
         data_wait = time.perf_counter() - started
         dump = self._start_dump()
-        measures_fp8 = self.fp8 is not None and _due(step, config.precision.fp8_statistics_every)
-        if self.fp8 is not None and measures_fp8:
-            self.fp8.measure()
+        measured = self.fp8 if _due(step, config.precision.fp8_statistics_every) else None
+        if measured is not None:
+            measured.measure()
 
         stats = self.runtime.train_step(batches.micro_batches)
         self.beat(f"step {step}, gradient reduction")
@@ -172,7 +172,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "lr": lr,
             **({"router_bias_norm": math.sqrt(bias_square_sum), **experts} if experts else {}),
-            **(fp8_metrics(self.fp8.statistics, self.mesh) if self.fp8 is not None and measures_fp8 else {}),
+            **(fp8_metrics(measured.statistics, self.mesh) if measured is not None else {}),
             **({"all_to_all_bytes": all_sent_bytes} if self.traffic is not None else {}),
             **reduce_health(waited_s if self.traffic is not None else None, self.mesh),
             "data_wait_s": data_wait,

@@ -40,6 +40,12 @@ def broadcast_text(text: str, device: torch.device, *, src: int = 0, group: dist
     return bytes(encoded.tolist()).decode()
 
 
+def any_problem(problem: str, device: torch.device) -> str:
+    """The problem of one of the ranks that have one, on every rank; empty if none has. So all can raise together."""
+    (finder,) = all_max([dist.get_rank() + 1 if problem else 0], device)
+    return broadcast_text(problem, device, src=int(finder) - 1) if finder else ""
+
+
 def from_rank_0(work: Callable[[], str], device: torch.device, *, group: dist.ProcessGroup | None = None) -> str:
     """What ``work`` returns on rank 0, on every rank.
 

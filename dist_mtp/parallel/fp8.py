@@ -7,7 +7,7 @@ import hashlib
 from dist_mtp.config import Config
 from dist_mtp.errors import ConfigError
 from dist_mtp.model.transformer import LanguageModel
-from dist_mtp.parallel.collectives import all_max, all_sum, broadcast_text, check_same_hash
+from dist_mtp.parallel.collectives import all_max, all_sum, any_problem, check_same_hash
 from dist_mtp.parallel.mesh import Mesh
 from dist_mtp.precision.fp8.backend import Fp8Backend, make_backend
 from dist_mtp.precision.fp8.layer import Fp8Model, attach_fp8
@@ -45,11 +45,9 @@ def _make_backend(name: str, mesh: Mesh) -> Fp8Backend:
     try:
         backend = make_backend(name, mesh.device)
     except ConfigError as error:
-        problem = str(error)
-    (finder,) = all_max([mesh.rank + 1 if problem else 0], mesh.device)
-    if finder:
-        said = broadcast_text(problem, mesh.device, src=int(finder) - 1)
-        raise ConfigError(f"rank {int(finder) - 1}: {said}")
+        problem = f"rank {mesh.rank}: {error}"
+    if found := any_problem(problem, mesh.device):
+        raise ConfigError(found)
     assert backend is not None
     return backend
 

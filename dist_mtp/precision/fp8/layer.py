@@ -77,14 +77,6 @@ class Fp8Layer:
         """Weights have changed through other tensors that share their memory, which torch does not count as a change."""
         self._weights.clear()
 
-    def product(self, rows: Quantized, weight: Quantized, tiles: RowTiles | None, dtype: torch.dtype) -> Tensor:
-        """See :meth:`~dist_mtp.precision.fp8.backend.Fp8Backend.product`."""
-        return self.backend.product(rows, weight, tiles, dtype)
-
-    def weight_grad(self, grad: Quantized, x: Quantized, tiles: RowTiles | None) -> Tensor:
-        """See :meth:`~dist_mtp.precision.fp8.backend.Fp8Backend.weight_grad`."""
-        return self.backend.weight_grad(grad, x, tiles)
-
     def _quantize(self, role: str, x: Tensor, tiles: RowTiles | None, *, columns: bool) -> Operand:
         if columns:
             operand = Operand(*self.backend.quantize_both(x, tiles, power_of_two=self.power_of_two))

@@ -59,7 +59,7 @@ class _Fp8Linear(torch.autograd.Function):
         ctx.weight, ctx.layer, ctx.tiles = weight, layer, tiles
         if operand.columns is not None:
             _save(ctx, [operand.columns])
-        y = fp8.product(operand.rows, fp8.weight(weight).forward, tiles, x.dtype)
+        y = fp8.backend.product(operand.rows, fp8.weight(weight).forward, tiles, x.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -87,7 +87,7 @@ class _Fp8SwiGluLinear(torch.autograd.Function):
             # Side by side, halves are rows of their own: no tile spans both.
             _save(ctx, [fp8.quantize_rows(part.reshape(-1, gate.shape[-1])) for part in gate_up])
         rows = fp8.quantize_input(swiglu_forward(gate, up), tiles).rows  # no columns: nothing is recorded in here
-        y = fp8.product(rows, fp8.weight(weight).forward, tiles, gate.dtype)
+        y = fp8.backend.product(rows, fp8.weight(weight).forward, tiles, gate.dtype)
         return y.view(*gate.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -116,11 +116,11 @@ def _gradients(
     grad = fp8.quantize_grad(grad_y, tiles)
     grad_x = None
     if wants_input:
-        grad_x = fp8.product(grad.rows, fp8.weight(weight).backward, tiles, grad_y.dtype)
+        grad_x = fp8.backend.product(grad.rows, fp8.weight(weight).backward, tiles, grad_y.dtype)
         grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
     grad_columns = grad.columns  # alone: a withheld gradient must not hold the rows, too
     assert grad_columns is not None
-    return grad_x, layer.deliver(weight, lambda: fp8.weight_grad(grad_columns, columns, tiles))
+    return grad_x, layer.deliver(weight, lambda: fp8.backend.weight_grad(grad_columns, columns, tiles))
 
 
 def _fp8(layer: DeferrableLayer) -> Fp8Layer:
