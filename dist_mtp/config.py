@@ -268,11 +268,75 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class SlurmConfig:
+    """What ``sbatch`` is asked for; keys that are null are left to the cluster's defaults."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    time_limit: str = "24:00:00"
+    """As Slurm writes it: ``days-hours:minutes:seconds`` or a part of that."""
+    stop_before_s: int = 300
+    """SIGTERM comes this long before the time limit: enough to finish a step and write a checkpoint."""
+    gpus_per_node: int | None = None
+    """Null: one per rank, unless ``device=cpu``."""
+    cpus_per_node: int | None = None
+    memory_per_node: str | None = None
+    """Such as ``500G``; ``0`` is all of a node's."""
+    exclusive: bool = True
+    """Ask for whole nodes."""
+    requeue: bool = True
+    """Let Slurm start the job again after a node failed; it continues from its newest checkpoint."""
+    array_limit: int | None = None
+    """Points of a sweep that run at a time; null: as many as the cluster gives."""
+    setup_script: str | None = None
+    """File that every node sources before it starts ranks, such as one that loads modules."""
+    wait: bool = False
+    """Stay until the job has ended and return its exit code, instead of returning once it is queued."""
+
+
+@dataclass(frozen=True)
 class LauncherConfig:
-    name: Literal["local", "none"] = "local"
-    """``local`` starts ``torchrun`` on loopback; ``none`` trains in this process (one rank)."""
+    """How ranks are started. All launchers end in ``dist_mtp.train`` on one resolved configuration."""
+
+    name: Literal["local", "none", "torchrun", "deepspeed", "slurm"] = "local"
+    """``local``: ranks on this machine; ``none``: one rank in this process; ``torchrun``: ranks on ``nodes`` machines, over
+    ssh if ``hosts`` or ``hostfile`` names them, else by the same command on each; ``deepspeed``: DeepSpeed's launcher;
+    ``slurm``: a batch job."""
+    nodes: int = 1
+    """Machines; with ``hosts`` or ``hostfile`` their number is counted."""
+    min_nodes: int | None = None
+    """Start with this many when the others have not come within ``join_timeout_s``; null needs all ``nodes``. The ranks
+    that come decide ``parallel.dp``, which must be null."""
+    ranks_per_node: int | None = None
+    """Null: ``slots`` of the hostfile, else ``parallel.pp * parallel.dp`` divided by the nodes, else a node's GPUs."""
+    hosts: tuple[str, ...] = ()
+    """Names or addresses to reach by ssh, in the order of their ranks."""
+    hostfile: str | None = None
+    """File with a line ``HOST slots=N`` for each node."""
+    ssh_config: str | None = None
+    """File for ``ssh -F``; null takes ssh's own."""
+    rendezvous: str | None = None
+    """``HOST:PORT`` of the first node, where the others announce themselves; null: the first host, port 29500."""
+    node_rank: int | None = None
+    """This machine's number when the command is given on each; null: the rendezvous host is 0, the others as they come."""
+    join_timeout_s: float = 30.0
+    """How long nodes wait for each other before the first rank is started."""
+    node_timeout_s: float = 15.0
+    """A node that is silent for this long is lost, and the run ends with exit code 5 on all others."""
+    interface: str | None = None
+    """Network interface of NCCL's and gloo's connections; null: the one that leads to the first node."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of all ranks, such as ``{NCCL_DEBUG: INFO}``."""
     threads_per_rank: int = 1
     """``OMP_NUM_THREADS`` of each rank on CPU."""
+    remote_shell: Literal["pdsh", "openmpi"] = "pdsh"
+    """What ``deepspeed`` reaches several hosts with."""
+    dry_run: bool = False
+    """Check everything, print what would be started and where, and write nothing."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass(frozen=True)
@@ -285,7 +349,12 @@ class DebugConfig:
 class MonitorConfig:
     log_every: int = 1
     """Steps between console lines; ``metrics.jsonl`` and TensorBoard get every step."""
+    progress: Literal["auto", "bar", "lines"] = "auto"
+    """``bar``: one line with the time left that stays at the bottom of a terminal, under the step lines; ``auto``: only
+    where standard output is a terminal."""
     tensorboard: bool = True
+    timeline_every: int = 100
+    """Steps between measured timelines: what each rank computed when, and its bubble; the 5th step has one too. 0: none."""
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key} must be a section of keys, got {value!r}")
+        if args[1] is not Any:
+            return {str(k): _convert(v, args[1], f"{key}.{k}") for k, v in value.items()}
         return {str(k): _plain(v) for k, v in value.items()}
     return _convert_scalar(value, hint, key)
 

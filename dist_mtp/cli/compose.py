@@ -22,6 +22,8 @@ from dist_mtp.typed_config import nearest, valid_keys
 
 _TARGET = re.compile(r"(?<!\w)_target_['\"]?\s*[:=]")
 _LAYOUT = re.compile(r"pipeline\.layout=(\d+(,\d+)+)")
+_OPEN_SECTIONS = ("ds.", "launcher.environment.")
+"""Whose keys are not in the schema."""
 _OVERRIDE = re.compile(r"^(?P<sign>~|\+\+?)?(?P<key>[^=@]+)(@[^=]*)?(=.*)?$", re.DOTALL)
 
 
@@ -55,7 +57,7 @@ def from_composed(composed: DictConfig) -> Config:
 
 
 def check_overrides(overrides: Sequence[str]) -> list[str]:
-    """Refuse unknown keys with the nearest valid one; let ``ds.*`` add keys without a ``+``.
+    """Refuse unknown keys with the nearest valid one; let sections whose keys are open be added to without a ``+``.
 
     Raises:
         ConfigError: an argument that is no ``KEY=VALUE``, an unknown key, an unknown group member or code to run.
@@ -72,7 +74,7 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
         key, value = match["key"].replace("/", "."), override.partition("=")[2]
         if match["sign"] == "~":
             raise ConfigError(f"'{override}' would delete {key}, but no key can be absent: set {key} to another value")
-        if key.startswith("ds.") or (key in keys and key not in groups and value.startswith("{")):
+        if key.startswith(_OPEN_SECTIONS) or (key in keys and key not in groups and value.startswith("{")):
             # Added by force, so that keys unknown to Hydra reach from_mapping, which names the nearest known one.
             checked.append(override if match["sign"] else f"++{override}")
             continue

@@ -15,6 +15,8 @@ VERBS = {
     "plan": "show stages, balance and predicted bubble of a configuration, without devices",
     "data": "tokenise the corpus and show what is in it",
     "bench": "measure parts of training on this device: bench precision",
+    "plot": "draw runs or a sweep as PNG: plot RUN..., plot sweep FOLDER",
+    "doctor": "check this machine, and the hosts of launcher.*, for what training needs",
 }
 
 

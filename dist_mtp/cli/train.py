@@ -12,7 +12,7 @@ from dist_mtp.data.corpus import prepare
 from dist_mtp.data.sources import check_source
 from dist_mtp.data.tokenizers import check_tokenizer, tokenizer_vocab_size
 from dist_mtp.errors import ConfigError
-from dist_mtp.launch import launch
+from dist_mtp.launch.local import launch
 from dist_mtp.pipeline.plan import make_plan
 from dist_mtp.run_folder import prepare_run_folder
 

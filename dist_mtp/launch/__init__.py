@@ -1,0 +1,5 @@
+"""Starting ranks: on this machine, on several over ssh, by DeepSpeed's launcher, or as a Slurm job.
+
+May import ``config``, ``errors``, ``run_folder`` and ``monitor``; torch only where ranks are started on this machine. Only
+``cli`` imports it.
+"""
