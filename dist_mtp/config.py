@@ -168,6 +168,9 @@ class TrainConfig:
     """Rows of one microbatch."""
     micro_batches: int = 4
     """Microbatches per step and pipeline."""
+    rows_per_step: int | None = None
+    """Rows of one global batch. If set, ``micro_batches`` is derived from it and the replicas that start, so that a run takes
+    the same steps on any number of nodes."""
     seq_len: int = 128
     """T, positions with a target of the main head in each row."""
     seed: int = 1234
@@ -516,6 +519,20 @@ def resolve(config: Config, *, vocab_size: int, world_size: int | None = None) -
         config,
         model=dataclasses.replace(config.model, vocab_size=rows),
         parallel=dataclasses.replace(config.parallel, dp=dp or 1),
+        train=_with_micro_batches(config.train, dp or 1),
     )
     check(resolved)
     return resolved
+
+
+def _with_micro_batches(train: TrainConfig, dp: int) -> TrainConfig:
+    """``train.micro_batches`` that make up ``train.rows_per_step``, if that is set."""
+    if train.rows_per_step is None:
+        return train
+    rows = dp * train.micro_batch_size
+    if train.rows_per_step % rows:
+        raise ConfigError(
+            f"train.rows_per_step={train.rows_per_step} is no multiple of {dp} replicas x train.micro_batch_size="
+            f"{train.micro_batch_size} = {rows} rows: change one of them"
+        )
+    return dataclasses.replace(train, micro_batches=train.rows_per_step // rows)

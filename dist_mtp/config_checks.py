@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dist_mtp.errors import ConfigError
+from dist_mtp.launcher_checks import check_launcher
 from dist_mtp.linear_names import OUTPUT_HEAD, linear_names
 from dist_mtp.typed_config import nearest
 
@@ -75,6 +76,7 @@ def check(config: Config) -> None:
     _check_experts(config)
     _check_precision(config)
     _check_training(config)
+    check_launcher(config)
 
 
 def _check_names(config: Config) -> None:
@@ -124,6 +126,7 @@ def _check_positive(config: Config) -> None:
         "model.vocab_size": config.model.vocab_size,
         "model.q_lora_rank": config.model.q_lora_rank,
         "parallel.dp": config.parallel.dp,
+        "train.rows_per_step": config.train.rows_per_step,
     }
     at_least_one |= {key: value for key, value in optional.items() if value is not None}
     for key, value in at_least_one.items():

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from dist_mtp.config import Config, to_dict
+from dist_mtp.config import Config, config_hash, from_mapping, to_dict
 from dist_mtp.errors import ConfigError
 from dist_mtp.monitor.result import RESULT
 from dist_mtp.same_run import clashes
@@ -66,6 +66,29 @@ def prepare_run_folder(config: Config) -> None:
         raise ConfigError(
             f"run folder {folder} cannot be written ({error.strerror}: {error.filename}): choose another run.dir"
         ) from error
+
+
+def read_config(file: Path, expected_hash: str | None = None) -> Config:
+    """The configuration in ``file``.
+
+    Args:
+        expected_hash: :func:`~dist_mtp.config.config_hash` of what was written there.
+
+    Raises:
+        ConfigError: it cannot be read, is not valid, or is not what was written.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {file} holds no configuration: give the config.yaml of a run folder")
+    config = from_mapping(values)
+    if expected_hash is not None and config_hash(config) != expected_hash:
+        raise ConfigError(
+            f"{file} is not the configuration that was launched: it was changed, or another run wrote it; start again"
+        )
+    return config
 
 
 def _read(file: Path) -> dict[str, Any]:

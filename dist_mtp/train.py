@@ -6,27 +6,28 @@ Started by ``dist-mtp train``, or by hand::
     deepspeed --num_accelerators 2 --module dist_mtp.train parallel.pp=2
     python -m dist_mtp.train parallel.pp=1
 
-Arguments are Hydra overrides, or ``--config FILE`` with a resolved configuration. The launcher adds ``--corpus FOLDER``, the
-tokenised corpus that it has prepared.
+Arguments are Hydra overrides, or ``--config FILE`` with a resolved configuration. The launchers add ``--corpus FOLDER``, the
+tokenised corpus that they have prepared, ``--config-hash SHA256`` of the configuration that they have checked, and
+``--master HOST:PORT`` where the environment does not say where ranks meet.
 """
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
+import itertools
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
-from dist_mtp.config import Config, config_hash, from_mapping, resolve
+from dist_mtp.config import Config, config_hash, resolve
 from dist_mtp.config_checks import check_installed
 from dist_mtp.errors import (
     EXIT_DONE,
@@ -37,6 +38,9 @@ from dist_mtp.errors import (
     DistMtpError,
     DivergedError,
 )
+from dist_mtp.launcher_checks import parse_endpoint
+from dist_mtp.parallel.environment import prepare_environment
+from dist_mtp.run_folder import read_config
 
 _PR_SET_PDEATHSIG = 1
 """``prctl(2)``: signal to get when the parent process dies."""
@@ -51,13 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     local_rank = ("--local_rank", "--local-rank")
     arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith(local_rank)]
     try:
-        config = load_config(arguments)
+        start = read_arguments(arguments)
+        prepare_environment(os.environ, start.config.launcher, start.master)
     except DistMtpError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     faulthandler.enable()  # a crash in native code shows its Python stack
     try:
-        return run_rank(config, prepared=Path(arguments[3]) if arguments[2:3] == ["--corpus"] else None)
+        return run_rank(start.config, prepared=start.corpus)
     except DistMtpError as error:
         # Raised alike on all ranks, or by one rank whose peers then fail in their next collective.
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -67,27 +72,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_RANK_FAILURE
 
 
-def load_config(arguments: Sequence[str]) -> Config:
+@dataclass(frozen=True)
+class Start:
+    """What a rank was started with."""
+
+    config: Config
+    corpus: Path | None = None
+    """Folder of the tokenised corpus, if a launcher has prepared it and the run folder."""
+    master: tuple[str, int] | None = None
+
+
+def read_arguments(arguments: Sequence[str]) -> Start:
     """The resolved file after ``--config``, or the composition of overrides.
 
     Raises:
-        ConfigError: bad overrides, an unreadable file, or a sweep started inside a launcher.
+        ConfigError: bad overrides, an unreadable file or one that is not what was launched, or a sweep inside a launcher.
     """
-    if arguments[:1] == ["--config"] and (len(arguments) == 2 or (len(arguments) == 4 and arguments[2] == "--corpus")):
-        try:
-            values = yaml.safe_load(Path(arguments[1]).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"--config {arguments[1]} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"--config {arguments[1]} holds no configuration: give the config.yaml of a run folder")
-        return from_mapping(values)
-    if {"-m", "--multirun"} & set(arguments):
-        raise ConfigError(
-            "a sweep cannot run inside a launcher: use `dist-mtp train -m ...`, which launches every point"
-        )
-    from dist_mtp.cli.compose import compose
+    if not arguments or arguments[0] != "--config":
+        if {"-m", "--multirun"} & set(arguments):
+            raise ConfigError(
+                "a sweep cannot run inside a launcher: use `dist-mtp train -m ...`, which launches every point"
+            )
+        from dist_mtp.cli.compose import compose
 
-    return compose(arguments)
+        return Start(compose(arguments))
+    options = dict(itertools.zip_longest(arguments[::2], arguments[1::2], fillvalue=""))
+    if unknown := set(options) - {"--config", "--corpus", "--config-hash", "--master"}:
+        raise ConfigError(
+            f"{', '.join(sorted(unknown))} cannot follow --config: change the file, or give overrides only"
+        )
+    corpus = options.get("--corpus")
+    master = options.get("--master")
+    return Start(
+        config=read_config(Path(options["--config"]), options.get("--config-hash")),
+        corpus=None if corpus is None else Path(corpus),
+        master=None if master is None else parse_endpoint(master),
+    )
 
 
 def run_rank(config: Config, *, prepared: Path | None) -> int:
@@ -102,6 +122,7 @@ def run_rank(config: Config, *, prepared: Path | None) -> int:
 
     from dist_mtp.data.corpus import open_corpus, prepare
     from dist_mtp.data.tokenizers import tokenizer_vocab_size
+    from dist_mtp.launch.facts import node_facts
     from dist_mtp.parallel.collectives import check_same_hash, from_rank_0
     from dist_mtp.parallel.mesh import init_process_group
     from dist_mtp.run_folder import lock_run_folder, prepare_run_folder
@@ -112,6 +133,7 @@ def run_rank(config: Config, *, prepared: Path | None) -> int:
     # The watchdog speaks first.
     device = init_process_group(timeout_s=2 * config.train.hang_timeout_s, device=config.device)
     config = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer), world_size=dist.get_world_size())
+    check_same_hash(str(node_facts()["code"]), device, "code", "install the same version of dist_mtp on all nodes")
     check_same_hash(config_hash(config), device, "configuration")
     rank, run_dir = dist.get_rank(), Path(config.run_dir)
     # Reading and tokenising a large corpus takes longer than any step may: ranks wait for rank 0 in a group of its own.
@@ -126,6 +148,9 @@ def run_rank(config: Config, *, prepared: Path | None) -> int:
 
     from_rank_0(take_folder, cpu, group=setup)
     log = _open_rank_log(run_dir, rank)
+    faulthandler.register(
+        signal.SIGUSR1, file=log, all_threads=True
+    )  # a launcher that ends this rank asks for its stacks
     try:
         if prepared is None:
             folder = from_rank_0(lambda: str(prepare(config.data, config.tokenizer).folder), cpu, group=setup)

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dist_mtp.config import Config, from_mapping
 from dist_mtp.errors import ConfigError
+from dist_mtp.sweep.plugins import check_hydra_override
 from dist_mtp.typed_config import nearest, valid_keys
 
 _TARGET = re.compile(r"(?<!\w)_target_['\"]?\s*[:=]")
@@ -81,10 +82,13 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
         if layout := _LAYOUT.fullmatch(override):
             override = f"pipeline.layout='{layout[1]}'"  # bare, Hydra takes it for a sweep over numbers
         if key in groups:
-            known = value in ("", "null", *groups[key]) or own_files or "," in value or value.startswith("[")
+            several = "," in value or "(" in value or value.startswith("[")  # a sweep, such as glob(*)
+            known = value in ("", "null", *groups[key]) or own_files or several
             if not known:
                 raise ConfigError(f"{key}={value} is not one of {', '.join(groups[key])}{nearest(value, groups[key])}")
-        elif key not in keys and not key.startswith("hydra"):
+        elif key.startswith("hydra."):
+            check_hydra_override(key, value)
+        elif key not in keys:
             raise ConfigError(f"unknown key '{key}'{nearest(key, [*keys, *groups])}")
         elif key in keys and dataclasses.is_dataclass(keys[key]) and value and not value.startswith("{"):
             raise ConfigError(f"{key}={value}: {key} is a section, set one of its keys such as {_first_key(key)}")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from dist_mtp.cli.compose import compose
+from dist_mtp.cli.gpus import visible_gpus
 from dist_mtp.config import Config, resolve
 from dist_mtp.config_checks import check_installed, use_cuda_for
 from dist_mtp.data.corpus import prepare
 from dist_mtp.data.sources import check_source
 from dist_mtp.data.tokenizers import check_tokenizer, tokenizer_vocab_size
-from dist_mtp.errors import ConfigError
+from dist_mtp.errors import EXIT_DONE, ConfigError
+from dist_mtp.launch import deepspeed, slurm, torchrun
+from dist_mtp.launch.cluster import SEVERAL_NODES, Cluster, addressed, plan_cluster, settled
+from dist_mtp.launch.dry_run import dry_run
 from dist_mtp.launch.local import launch
 from dist_mtp.pipeline.plan import make_plan
 from dist_mtp.run_folder import prepare_run_folder
@@ -36,14 +41,41 @@ def train(config: Config) -> int:
     check_source(config.data)
     check_tokenizer(config.tokenizer)
     check_installed(config)
-    config = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer))
-    make_plan(config)  # each rank makes its own; here it refuses a layout that does not fit before anything is started
+    cluster = None
+    if config.launcher.name in SEVERAL_NODES:
+        cluster = plan_cluster(config, gpus=len(visible_gpus()))
+        config = addressed(config, cluster)
+    resolved = resolve_for(config, cluster)
+    make_plan(
+        resolved
+    )  # each rank makes its own; here it refuses a layout that does not fit before anything is started
     _check_resume(config)
-    _check_device(config)
-    corpus = prepare(config.data, config.tokenizer)
-    prepare_run_folder(config)
-    print(f"run folder {config.run_dir}, {config.world_size} ranks", file=sys.stderr)
-    return launch(config, corpus.folder)
+    if cluster is None or not cluster.is_elsewhere:
+        _check_device(resolved)
+    if cluster is not None and config.launcher.name == "deepspeed":
+        deepspeed.check(resolved, cluster, os.environ)
+    if config.launcher.dry_run:
+        print(dry_run(resolved, cluster))
+        return EXIT_DONE
+    if cluster is not None and config.launcher.name == "torchrun":
+        # The first node prepares data and folder once all have come.
+        return torchrun.run(config, cluster)
+    corpus = prepare(config.data, config.tokenizer).folder
+    prepare_run_folder(resolved)
+    if config.launcher.name == "slurm":
+        return slurm.submit(resolved, corpus)
+    print(f"run folder {resolved.run_dir}, {resolved.world_size} ranks", file=sys.stderr)
+    if cluster is not None:
+        return deepspeed.run(resolved, cluster, corpus)
+    return launch(resolved, corpus)
+
+
+def resolve_for(config: Config, cluster: Cluster | None) -> Config:
+    """The configuration of the ranks; ``parallel.dp`` is what the nodes make of it."""
+    vocab_size = tokenizer_vocab_size(config.tokenizer)
+    if cluster is None:
+        return resolve(config, vocab_size=vocab_size)
+    return resolve(settled(config, cluster.nodes), vocab_size=vocab_size, world_size=cluster.world_size)
 
 
 def _check_resume(config: Config) -> None:

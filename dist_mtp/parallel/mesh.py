@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -58,33 +57,16 @@ class Mesh:
         return pp_rank * self.dp + self.dp_rank
 
 
-def default_environment(env: MutableMapping[str, str]) -> None:
-    """Let one process without a launcher be a world of one."""
-    if "RANK" not in env:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        env.update(
-            RANK="0",
-            LOCAL_RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-
-
 def init_process_group(timeout_s: float, device: str = "auto") -> torch.device:
-    """Join the world that the launcher's environment describes and pick this rank's device.
+    """Join the world that the environment describes (see :mod:`dist_mtp.parallel.environment`) and pick this rank's device.
 
     Args:
         timeout_s: a collective that takes longer raises on the ranks that wait in it.
         device: ``auto``, ``cpu`` or ``cuda``, the configuration's.
 
     Raises:
-        ConfigError: ``cuda`` with fewer GPUs than ranks on this host.
+        ConfigError: ``cuda`` with fewer GPUs than ranks on this host, or another program has the port of rank 0.
     """
-    default_environment(os.environ)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     # torchrun calls it LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
@@ -109,7 +91,15 @@ def init_process_group(timeout_s: float, device: str = "auto") -> torch.device:
         _skip_shared_memory_op()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ConfigError(
+                f"port {os.environ['MASTER_PORT']} of {socket.gethostname()}, where the ranks meet, is in use: end the program "
+                "that has it, or choose another port (launcher.rendezvous=HOST:PORT, or --master_port of deepspeed and torchrun)"
+            ) from error
     deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", verbose=False, dist_init_required=False)
     return chosen
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from dist_mtp import train
-from dist_mtp.config import from_mapping
+from dist_mtp.config import Config, from_mapping
 from dist_mtp.errors import (
     EXIT_DATA,
     EXIT_DIVERGED,
@@ -20,7 +20,8 @@ from dist_mtp.errors import (
     EXIT_RANK_FAILURE,
     EXIT_TERMINATED,
 )
-from dist_mtp.launch import _explain_failure, first_failure, launch
+from dist_mtp.launch.local import launch
+from dist_mtp.launch.outcome import explain_failure, first_failure, report
 from dist_mtp.monitor.result import read_result, write_result
 
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
@@ -34,6 +35,13 @@ def failures(*ends: tuple[int, int]) -> dict[int, SimpleNamespace]:
         )
         for rank, (code, time) in enumerate(ends)
     }
+
+
+def end(config: Config, *ends: tuple[int, int]) -> int:
+    """Exit code of the launcher, after it has told how the ranks ended."""
+    outcome = explain_failure(config, failures(*ends))
+    report(config, outcome)
+    return outcome.code
 
 
 class TestBlame:
@@ -85,7 +93,7 @@ class TestBlame:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         config = from_mapping({"run": {"dir": str(tmp_path)}})
-        got = _explain_failure(config, SimpleNamespace(failures=failures(*ends)))
+        got = end(config, *ends)
         error = capsys.readouterr().err
         assert got == code, f"exit code {got}, expected {code}"
         assert f"error: {message}\n" in error, f"{error!r} lacks {message!r}"
@@ -99,7 +107,7 @@ class TestBlame:
         """The rank knows more than the launcher: it wrote which step diverged."""
         write_result(tmp_path, "diverged", EXIT_DIVERGED, {}, None, "step 3: loss nan")
         config = from_mapping({"run": {"dir": str(tmp_path)}})
-        code = _explain_failure(config, SimpleNamespace(failures=failures((4, 100), (4, 100))))
+        code = end(config, (4, 100), (4, 100))
         result = read_result(tmp_path)
         assert code == EXIT_DIVERGED, f"exit code {code}, expected {EXIT_DIVERGED}"
         assert result is not None, "result.json vanished"
@@ -108,13 +116,13 @@ class TestBlame:
     def test_ranks_that_were_told_to_stop(self, tmp_path: Path) -> None:
         write_result(tmp_path, "interrupted", EXIT_TERMINATED, {}, None, None)
         config = from_mapping({"run": {"dir": str(tmp_path)}})
-        code = _explain_failure(config, SimpleNamespace(failures=failures((143, 100), (143, 100))))
+        code = end(config, (143, 100), (143, 100))
         assert code == EXIT_TERMINATED, f"exit code {code}, expected {EXIT_TERMINATED}"
 
     def test_rank_that_stopped_without_a_checkpoint(self, tmp_path: Path) -> None:
         """Rank 1 ended as told, rank 0 died before it could say that the checkpoint is there."""
         config = from_mapping({"run": {"dir": str(tmp_path)}})
-        code = _explain_failure(config, SimpleNamespace(failures=failures((KILLED, 100), (143, 100))))
+        code = end(config, (KILLED, 100), (143, 100))
         result = read_result(tmp_path)
         assert code == EXIT_RANK_FAILURE, f"exit code {code}, expected {EXIT_RANK_FAILURE}"
         assert result is not None, "no result.json"

@@ -10,8 +10,10 @@ import pytest
 JOIN = """
 import os, torch
 torch.cuda.device_count = lambda: 1
-from dist_mtp.parallel.mesh import default_environment, init_process_group
-default_environment(os.environ)
+from dist_mtp.config import LauncherConfig
+from dist_mtp.parallel.environment import prepare_environment
+from dist_mtp.parallel.mesh import init_process_group
+prepare_environment(os.environ, LauncherConfig())
 os.environ.update({environment})
 print(init_process_group(60, device="{device}"), os.environ["DS_ACCELERATOR"])
 from deepspeed.accelerator import get_accelerator
