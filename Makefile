@@ -3,6 +3,7 @@
 # make check      lint, formatting and types
 # make plan       stages, balance and predicted bubble of a configuration
 # make parity     every layout against one process (benchmarks/parity.py)
+# make multinode  hosts in network namespaces: every launcher, a cut link, its cost (root; benchmarks/multinode.py)
 # make gpu-check  tests that need a GPU, and FP8 against bf16 on it (benchmarks/gpu_precision.py)
 # make clean      remove .venv and caches; runs/, sweeps/ and data/ stay
 #
@@ -22,7 +23,7 @@ TRITON := triton==3.6.0
 
 # Two pips must not write to one environment at a time, whatever -j says.
 .NOTPARALLEL:
-.PHONY: help train test check plan parity gpu-check clean
+.PHONY: help train test check plan parity multinode gpu-check clean
 
 help:
 	@sed -n '1,/^$$/s/^# //p' Makefile
@@ -43,6 +44,10 @@ plan: $(READY)-train
 
 parity: $(READY)-test
 	$(BIN)/python benchmarks/parity.py $(ARGS)
+
+multinode: $(READY)-test
+	$(BIN)/python -m pytest --durations=15 tests/multinode tests/slurm $(ARGS)
+	$(BIN)/python benchmarks/multinode.py
 
 gpu-check: $(READY)-test
 	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit(f'not run: torch {torch.__version__} finds no GPU here')"

@@ -8,7 +8,7 @@ Started by ``dist-mtp train``, or by hand::
 
 Arguments are Hydra overrides, or ``--config FILE`` with a resolved configuration. The launchers add ``--corpus FOLDER``, the
 tokenised corpus that they have prepared, ``--config-hash SHA256`` of the configuration that they have checked, and
-``--master HOST:PORT`` where the environment does not say where ranks meet.
+``--rendezvous HOST:PORT`` where the environment does not say where ranks meet.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ def read_arguments(arguments: Sequence[str]) -> Start:
 
         return Start(compose(arguments))
     options = dict(itertools.zip_longest(arguments[::2], arguments[1::2], fillvalue=""))
-    if unknown := set(options) - {"--config", "--corpus", "--config-hash", "--master"}:
+    if unknown := set(options) - {"--config", "--corpus", "--config-hash", "--rendezvous"}:
         raise ConfigError(
             f"{', '.join(sorted(unknown))} cannot follow --config: change the file, or give overrides only"
         )
     corpus = options.get("--corpus")
-    master = options.get("--master")
+    master = options.get("--rendezvous")
     return Start(
         config=read_config(Path(options["--config"]), options.get("--config-hash")),
         corpus=None if corpus is None else Path(corpus),

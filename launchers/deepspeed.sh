@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # DeepSpeed's launcher on this machine, or on the nodes of a hostfile.
 #   launchers/deepspeed.sh parallel.pp=2
-# NPROC: ranks per node (default 2).    HOSTFILE: "host slots=8" lines for several nodes (needs passwordless ssh).
+#   HOSTFILE=hosts launchers/deepspeed.sh model=deepseek_v2_lite parallel.pp=2 run.name=v2
+# NPROC: ranks per node (default: slots of the hostfile, else parallel.pp).
+# HOSTFILE: "host slots=8" lines for several nodes, which pdsh must reach by ssh without a password.
 set -euo pipefail
 
-# Unlike torchrun, deepspeed leaves every CPU rank as many threads as there are cores.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-
-arguments=()
+arguments=(launcher=deepspeed)
+if [[ -n "${NPROC:-}" ]]; then
+    arguments+=("launcher.ranks_per_node=$NPROC")
+fi
 if [[ -n "${HOSTFILE:-}" ]]; then
-    arguments+=(--hostfile "$HOSTFILE")
-else
-    arguments+=(--num_accelerators "${NPROC:-2}")
+    arguments+=("launcher.hostfile=$HOSTFILE")
 fi
 
-exec deepspeed "${arguments[@]}" --module dist_mtp.train "$@"
+exec dist-mtp train "${arguments[@]}" "$@"

@@ -57,6 +57,8 @@ def plan_cluster(config: Config, *, gpus: int) -> Cluster:
         ranks = world_size // nodes
     if ranks is None and gpus and config.device != "cpu":
         ranks = gpus
+    if ranks is None and nodes == 1 and not named:
+        ranks = parallel.pp  # one replica, as the local launcher does
     if ranks is None:
         raise ConfigError(
             f"launcher={launcher.name} cannot tell how many ranks each of {nodes} nodes starts: set launcher.ranks_per_node, "

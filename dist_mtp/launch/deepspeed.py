@@ -102,7 +102,7 @@ def command(config: Config, cluster: Cluster, corpus: Path) -> list[str]:
     how = ["--launcher", config.launcher.remote_shell, "--master_addr", host, "--master_port", str(port)]
     if config.launcher.remote_shell == "openmpi":
         how += ["--launcher_args", " ".join(_mpirun_options(config))]
-        module += ["--master", f"{host}:{port}"]
+        module += ["--rendezvous", f"{host}:{port}"]
     return [*start, *where, *how, *module]
 
 

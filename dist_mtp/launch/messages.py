@@ -19,6 +19,7 @@ class Connection:
 
     def __init__(self, connected: socket.socket) -> None:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _notice_a_dead_peer(connected)
         self._socket = connected
         self._lines = connected.makefile("rb")
         self._sending = threading.Lock()
@@ -55,6 +56,14 @@ class Connection:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+def _notice_a_dead_peer(connected: socket.socket) -> None:
+    """Let the kernel ask after a peer that says nothing, as while the first node prepares a corpus."""
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 20_000}.items():
+        if hasattr(socket, option):  # Linux
+            connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def connect(host: str, port: int, timeout_s: float) -> Connection:

@@ -159,16 +159,20 @@ class RollCall:
             connection.send("refuse", message=problem, code=ConfigError.exit_code)
             connection.close()
             return
-        member = Member(
-            connection=connection,
-            host=str(message["host"]),
-            address=connection.peer_address,
-            ranks=int(message["ranks"]),
-            wanted_rank=message["node_rank"],
-            probe_port=int(message["probe_port"]),
-            facts=message["facts"],
-            config_hash=str(message["config_hash"]),
-        )
+        try:
+            member = Member(
+                connection=connection,
+                host=str(message["host"]),
+                address=connection.peer_address,
+                ranks=int(message["ranks"]),
+                wanted_rank=message["node_rank"],
+                probe_port=int(message["probe_port"]),
+                facts=dict(message["facts"]),
+                config_hash=str(message["config_hash"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            connection.close()  # not an announcement of ours
+            return
         with self._changed:
             late = not self._open or len(self.members) >= self._nodes
             if not late:

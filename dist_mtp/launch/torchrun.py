@@ -30,7 +30,7 @@ from dist_mtp.launch.cluster import Cluster
 from dist_mtp.launch.remote import CONNECT_S, explain_ssh, ssh_command
 from dist_mtp.launcher_checks import parse_endpoint
 
-END_S = 20.0
+END_S = 5.0
 """After one node's launcher has ended the others follow; those that have not by then are told to."""
 _RAN = (EXIT_DONE, EXIT_DIVERGED, EXIT_RANK_FAILURE)
 """Exit codes of the first node's launcher that only a run with all nodes has."""
