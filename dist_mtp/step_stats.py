@@ -71,9 +71,16 @@ def load_metrics(loads: ExpertLoads, moe: MoeConfig) -> Metrics:
 
 
 def reduce_health(waited_s: float | None, mesh: Mesh) -> Metrics:
-    """``memory_gib`` and, unless it is None, ``all_to_all_wait_s``: maxima over all ranks. Collective."""
-    memory, waited = all_max([_peak_memory_gib(mesh.device), waited_s or 0.0], mesh.device)
-    return {"memory_gib": memory} | ({} if waited_s is None else {"all_to_all_wait_s": waited})
+    """Maxima: ``memory_gib`` and, unless it is None, ``all_to_all_wait_s`` over all ranks, ``memory_rank_K_gib`` over the
+    data replicas of pipeline rank K. Collective."""
+    own = _peak_memory_gib(mesh.device)
+    by_rank = [own if rank == mesh.pp_rank else 0.0 for rank in range(mesh.pp)]
+    waited, *by_rank = all_max([waited_s or 0.0, *by_rank], mesh.device)
+    return {
+        "memory_gib": max(by_rank),
+        **{f"memory_rank_{rank}_gib": memory for rank, memory in enumerate(by_rank)},
+        **({} if waited_s is None else {"all_to_all_wait_s": waited}),
+    }
 
 
 def _peak_memory_gib(device: torch.device) -> float:

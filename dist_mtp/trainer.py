@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from dist_mtp.dump import StepDump
 from dist_mtp.errors import DivergedError
 from dist_mtp.learning_rate import learning_rate
 from dist_mtp.model.init import initialize
+from dist_mtp.model.loss import HeadStats
 from dist_mtp.model.moe import attach_dispatcher
-from dist_mtp.model.transformer import LanguageModel
+from dist_mtp.model.transformer import LanguageModel, MicroBatch
 from dist_mtp.monitor.monitor import Monitor
 from dist_mtp.parallel.balance import gather_loads, move_router_biases
 from dist_mtp.parallel.collectives import all_max
@@ -25,9 +26,11 @@ from dist_mtp.parallel.dispatch import AllToAllDispatcher, make_dispatcher
 from dist_mtp.parallel.engine import Engine
 from dist_mtp.parallel.fp8 import fp8_metrics, make_fp8
 from dist_mtp.parallel.mesh import Mesh
+from dist_mtp.parallel.timeline import Clock, gather_timeline, timeline_metrics
 from dist_mtp.pipeline.plan import Plan
 from dist_mtp.pipeline.runtime import PipelineRuntime
 from dist_mtp.pipeline.stage import Stage
+from dist_mtp.pipeline.timeline import is_measured
 from dist_mtp.snapshot import restore_newest, save_snapshot
 from dist_mtp.step_stats import Metrics, load_metrics, reduce_heads, reduce_health
 
@@ -54,7 +57,8 @@ class Trainer:
         monitor: Monitor,
         beat: Callable[[str], None] = lambda phase: None,
     ) -> None:
-        self.config, self.mesh, self.corpus, self.monitor, self.beat = config, mesh, corpus, monitor, beat
+        self.config, self.mesh, self.plan, self.corpus = config, mesh, plan, corpus
+        self.monitor, self.beat = monitor, beat
         self.step = 0
         self.stop_signal = False
         self.stopping = False
@@ -143,7 +147,7 @@ class Trainer:
         if measured is not None:
             measured.measure()
 
-        stats = self.runtime.train_step(batches.micro_batches)
+        stats, timeline = self._run_pipeline(batches.micro_batches)
         self.beat(f"step {step}, gradient reduction")
         self.engine.reduce()
         if dump is not None:
@@ -174,6 +178,7 @@ class Trainer:
             **({"router_bias_norm": math.sqrt(bias_square_sum), **experts} if experts else {}),
             **(fp8_metrics(measured.statistics, self.mesh) if measured is not None else {}),
             **({"all_to_all_bytes": all_sent_bytes} if self.traffic is not None else {}),
+            **timeline,
             **reduce_health(waited_s if self.traffic is not None else None, self.mesh),
             "data_wait_s": data_wait,
             "step_time": time.perf_counter() - started,
@@ -195,6 +200,18 @@ class Trainer:
             bytes_per_token = validation["text_bytes"] / validation["tokens"]
             metrics["eval_bits_per_byte"] = metrics["eval_loss_main"] / math.log(2) / bytes_per_token
         return metrics
+
+    def _run_pipeline(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[HeadStats], Metrics]:
+        """Forward and backward of the step, with its bubble if this is a step to measure. Collective."""
+        if not is_measured(self.step, self.config.monitor.timeline_every):
+            return self.runtime.train_step(micro_batches), {}
+        self.beat(f"step {self.step}, common start of its timeline")
+        clock = Clock(self.mesh.device)
+        stats = self.runtime.train_step(micro_batches, clock.mark)
+        self.beat(f"step {self.step}, timeline")
+        timeline = gather_timeline(clock, self.plan, self.mesh)
+        self.monitor.timeline(self.step, timeline)
+        return stats, timeline_metrics(timeline, self.plan, self.mesh)
 
     def _balance_experts(self) -> tuple[Metrics, float]:
         """Count the step's loads and move the router biases; with the square sum of this rank's biases. Collective."""

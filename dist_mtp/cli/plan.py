@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dist_mtp.cli.compose import compose
-from dist_mtp.cli.gpus import cuda_device_name
+from dist_mtp.cli.gpus import cuda_device_name, visible_gpus
 from dist_mtp.config import Config, resolve
 from dist_mtp.data.tokenizers import tokenizer_vocab_size
+from dist_mtp.launch.cluster import plan_cluster, settled
 from dist_mtp.monitor.formatting import compact, percent
 from dist_mtp.monitor.plan_files import PICTURE, PLAN, write_plan
 from dist_mtp.pipeline.experts import ExpertPlan
+from dist_mtp.pipeline.nodes import Node
 from dist_mtp.pipeline.plan import Plan, make_plan
 from dist_mtp.run_folder import CONFIG_FILE
 
 
 def main(arguments: list[str]) -> int:
     """``dist-mtp plan [overrides]``."""
-    config = compose(arguments)
-    return run(resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer)))
+    config, world_size = _on_cluster(compose(arguments))
+    return run(resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer), world_size=world_size))
 
 
 def run(config: Config) -> int:
@@ -44,11 +47,21 @@ def run(config: Config) -> int:
     return 0
 
 
+def _on_cluster(config: Config) -> tuple[Config, int | None]:
+    """The configuration with the nodes that a launcher of several would start, and their ranks; None if they are free."""
+    launcher = config.launcher
+    if launcher.nodes == 1 and not launcher.hosts and launcher.hostfile is None:
+        return config, None
+    cluster = plan_cluster(config, gpus=len(visible_gpus()))
+    return settled(config, cluster.nodes), cluster.world_size
+
+
 def summary(plan: Plan) -> str:
-    """The plan as aligned tables of stages and ranks, where experts live, and the numbers to judge it by."""
+    """The plan as aligned tables of stages and ranks, where experts and ranks live, and the numbers to judge it by."""
     parts = [_stage_table(plan), _rank_table(plan)]
     if plan.experts is not None:
         parts.append(_experts(plan.experts))
+    parts.append(_nodes(plan))
     return "\n\n".join("\n".join(part) for part in [*parts, _predictions(plan)])
 
 
@@ -85,6 +98,32 @@ def _experts(experts: ExpertPlan) -> list[str]:
         f"all-to-all          {compact(min(sent))}B to {compact(max(sent))}B sent per rank and step if experts are "
         f"balanced, {path}",
     ]
+
+
+def _nodes(plan: Plan) -> list[str]:
+    """Who shares a node, and what crosses nodes; one line if all ranks are in one."""
+    nodes = plan.nodes.nodes
+    if len(nodes) == 1:
+        return [f"nodes               1 with {len(nodes[0].ranks)} ranks: nothing crosses"]
+    rows = [("node", "ranks", "pipeline ranks", "data ranks"), *map(_node_row, range(len(nodes)), nodes)]
+    if len(rows) > 5:
+        rows = [*rows[:3], ("..", "..", "..", ".."), rows[-1]]
+    lines = [*_aligned(rows), ""]
+    names = {"pipeline": "pipeline messages", "data": "gradient rings", "experts": "all-to-all"}
+    for traffic in plan.traffic:
+        share = f"{traffic.crossing_links:,} of {traffic.links:,} links" if traffic.links else "no links"
+        sent = f", {compact(traffic.busiest_node_bytes)}B from a node in a step" if traffic.crossing_links else ""
+        lines.append(f"{names[traffic.kind]:<18}  {traffic.crossing} cross nodes ({share}{sent})")
+    for warning in plan.node_warnings:
+        lines += textwrap.wrap(f"warning: {warning}", width=120, subsequent_indent=" " * len("warning: "))
+    return lines
+
+
+def _node_row(index: int, node: Node) -> tuple[str, str, str, str]:
+    data_ranks = [_span(ranks) for ranks in node.data_ranks]
+    if len(set(data_ranks)) == 1:
+        data_ranks = data_ranks[:1]
+    return str(index), _span(node.ranks), _span(node.pipeline_ranks), _shortened(data_ranks)
 
 
 def _span(numbers: range) -> str:

@@ -1,79 +1,98 @@
-"""``dist-mtp train -m``: Hydra expands the sweep, every point is one ``dist-mtp train`` in a process of its own."""
+"""``dist-mtp train -m``: Hydra chooses the points of a sweep, each of which is one ``dist-mtp train`` of its own."""
 
 from __future__ import annotations
 
-import re
-import signal
-import subprocess
-import sys
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
-from dist_mtp.cli.compose import check_overrides, from_composed, register_schema
-from dist_mtp.errors import EXIT_CONFIG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_TERMINATED, ConfigError
-from dist_mtp.monitor.result import read_result
+from dist_mtp.cli.compose import register_schema
+from dist_mtp.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_RANK_FAILURE, EXIT_TERMINATED, ConfigError
+from dist_mtp.monitor.sweep_points import PointRecord, read_records
+from dist_mtp.monitor.sweep_report import write_summary
+from dist_mtp.sweep.array import is_array, submit
+from dist_mtp.sweep.definition import Sweep, define, explain
+from dist_mtp.sweep.folder import claimed, stop_on_signals, stopped_by
+from dist_mtp.sweep.task import run_point
 
 
-def sweep(overrides: list[str]) -> int:
-    """Run all points one after the other, each in ``sweeps/<run name>/<point>``; returns the first failing exit code.
+def sweep(overrides: Sequence[str]) -> int:
+    """Run all points that are not finished, each in a folder of its own; returns the first failing exit code.
 
     A point that fails does not keep the others from running; a signal does.
+
+    Raises:
+        ConfigError: the sweep cannot work; nothing was started.
     """
+    definition = define(overrides)
+    _check_launchers(definition)
+    if is_array(definition):
+        with claimed(definition):
+            return submit(definition, overrides)
+    with claimed(definition), stop_on_signals(definition.folder):
+        _run(definition)
+        records = read_records(definition.folder)
+        print(write_summary(definition.folder))
+        return exit_code(records, stopped_by(definition.folder))
+
+
+def exit_code(records: Sequence[PointRecord], stopped: int | None) -> int:
+    """That of the first point, in their order, that did not end well; a signal that no point noticed counts as well.
+
+    Args:
+        stopped: the signal that ended the sweep.
+    """
+    for record in records:
+        if record.exit_code != EXIT_DONE:
+            return EXIT_RANK_FAILURE if record.exit_code is None else record.exit_code
+    if stopped is not None:
+        return EXIT_INTERRUPTED if stopped == 2 else EXIT_TERMINATED
+    return EXIT_DONE
+
+
+def _run(definition: Sweep) -> None:
+    """Let Hydra's sweeper and launcher call :func:`run_point`; failures of points are in their records."""
     register_schema()
-    fixed = check_overrides(overrides)
-    codes: list[int] = []
-    signals: list[int] = []
-
-    @hydra.main(version_base="1.3", config_path="pkg://dist_mtp.conf", config_name="config")
-    def point(composed: DictConfig) -> float | None:
-        if signals:
-            codes.append(EXIT_INTERRUPTED if signals[0] == signal.SIGINT else EXIT_TERMINATED)
-        if {EXIT_INTERRUPTED, EXIT_TERMINATED} & set(codes):
-            return None
-        job = HydraConfig.get()
-        try:
-            run_name = from_composed(composed).run_name
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
-            codes.append(EXIT_CONFIG)
-            return None
-        run_dir = Path("sweeps") / run_name / _point_name(fixed, job.overrides.task, job.job.num)
-        arguments = [*job.overrides.task, f"run.dir='{run_dir}'"]
-        codes.append(_run([sys.executable, "-m", "dist_mtp.cli.main", "train", *arguments], signals))
-        result = read_result(run_dir)
-        return None if result is None else result["objective"]
-
-    sys.argv = ["dist-mtp", "--multirun", *fixed]
+    quoted = str(definition.folder / ".hydra").replace("\\", "\\\\").replace("'", "\\'")
+    arguments = [*definition.overrides, f"hydra.sweep.dir='{quoted}'"]
     try:
-        point()
-    except SystemExit:  # Hydra has printed what it cannot compose
-        return EXIT_CONFIG
-    return next((code for code in codes if code != EXIT_DONE), EXIT_DONE)
+        with initialize_config_module("dist_mtp.conf", version_base="1.3"), warnings.catch_warnings():
+            if definition.sweeper == "optuna":
+                _quieten_optuna()
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None  # the context manager has made it
+            hydra.multirun("config", run_point, arguments, with_log_configuration=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+    except ValueError as error:
+        # Optuna's plugin looks for the best trial at the end, also when there is none.
+        if "No trials are completed" not in str(error):
+            raise
 
 
-def _run(command: list[str], signals: list[int]) -> int:
-    """Exit code of the point, which saves a checkpoint before it ends by a signal; what arrives is added to ``signals``."""
-    with subprocess.Popen(command) as process:
+def _quieten_optuna() -> None:
+    """Its lines about each trial would stand between those of the points, and its 2.10 warns of its own libraries."""
+    warnings.simplefilter("ignore")
+    import optuna
 
-        def terminate(number: int, frame: object) -> None:
-            signals.append(number)
-            process.terminate()
-
-        signal.signal(signal.SIGTERM, terminate)
-        # A terminal has sent it to the point as well.
-        signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
-        return process.wait()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def _point_name(fixed: Sequence[str], overrides: Sequence[str], number: int) -> str:
-    """``mtp.depth=0,optim.lr=0.001``: the overrides that tell this point from the others, as a folder's name."""
-    parsed = OverridesParser.create().parse_overrides(list(fixed))
-    # Sweepers pass on what all points share in this spelling.
-    shared = {f"{o.get_key_element()}={o.get_value_element_as_str()}" for o in parsed if not o.is_sweep_override()}
-    name = re.sub(r"[^\w.,=+-]", "_", ",".join(override for override in overrides if override not in shared))
-    return name if 0 < len(name) <= 200 else str(number)
+def _check_launchers(definition: Sweep) -> None:
+    launcher = definition.settings["launcher"]
+    if launcher["name"] != "slurm":
+        return
+    if definition.launcher != "basic":
+        raise ConfigError(
+            f"launcher=slurm and hydra/launcher={definition.launcher} would both submit jobs: use launcher=slurm alone, or "
+            f"hydra/launcher={definition.launcher} with launcher=local"
+        )
+    if definition.sweeper == "optuna" and not launcher["slurm"]["wait"] and not launcher["dry_run"]:
+        raise ConfigError(
+            "hydra/sweeper=optuna needs the objective of each trial before it can choose the next: set "
+            "launcher.slurm.wait=true, or use hydra/launcher=submitit_slurm with launcher=local"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from dist_mtp.cli.compose import compose
@@ -16,7 +17,7 @@ from dist_mtp.data.tokenizers import check_tokenizer, tokenizer_vocab_size
 from dist_mtp.errors import EXIT_DONE, ConfigError
 from dist_mtp.launch import deepspeed, slurm, torchrun
 from dist_mtp.launch.cluster import SEVERAL_NODES, Cluster, addressed, plan_cluster, settled
-from dist_mtp.launch.dry_run import dry_run
+from dist_mtp.launch.dry_run import CORPUS, dry_run
 from dist_mtp.launch.local import launch
 from dist_mtp.pipeline.plan import make_plan
 from dist_mtp.run_folder import prepare_run_folder
@@ -38,6 +39,58 @@ def train(config: Config) -> int:
         ConfigError: before anything was started or written.
         DataError: the corpus is damaged; before anything was started.
     """
+    if config.launcher.name == "slurm":
+        job = prepare_job(config)
+        if config.launcher.dry_run:
+            print(dry_run(job.config, None, config.launcher.min_nodes))
+            return EXIT_DONE
+        return slurm.submit(job.config, job.corpus, min_nodes=config.launcher.min_nodes)
+    config, resolved, cluster = _checked(config)
+    if config.launcher.dry_run:
+        print(dry_run(resolved, cluster))
+        return EXIT_DONE
+    if cluster is not None and config.launcher.name == "torchrun":
+        # The first node prepares data and folder once all have come.
+        return torchrun.run(config, cluster)
+    corpus = prepare(config.data, config.tokenizer).folder
+    prepare_run_folder(resolved)
+    print(f"run folder {resolved.run_dir}, {resolved.world_size} ranks", file=sys.stderr)
+    if cluster is not None:
+        return deepspeed.run(resolved, cluster, corpus)
+    return launch(resolved, corpus)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready for a batch system."""
+
+    config: Config
+    """Resolved; what the run folder's ``config.yaml`` holds."""
+    corpus: Path
+    """Folder of the tokenised corpus."""
+
+
+def prepare_job(config: Config) -> Job:
+    """Check a run that other machines will train, and prepare its corpus and folder; a dry run writes neither.
+
+    Raises:
+        ConfigError: before anything was written.
+        DataError: the corpus is damaged.
+    """
+    _, resolved, _ = _checked(config)
+    if config.launcher.dry_run:
+        return Job(resolved, CORPUS)
+    corpus = prepare(config.data, config.tokenizer).folder
+    prepare_run_folder(resolved)
+    return Job(resolved, corpus)
+
+
+def _checked(config: Config) -> tuple[Config, Config, Cluster | None]:
+    """The configuration with its nodes' addresses, the same resolved for the ranks, and the nodes.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
     check_source(config.data)
     check_tokenizer(config.tokenizer)
     check_installed(config)
@@ -54,20 +107,9 @@ def train(config: Config) -> int:
         _check_device(resolved)
     if cluster is not None and config.launcher.name == "deepspeed":
         deepspeed.check(resolved, cluster, os.environ)
-    if config.launcher.dry_run:
-        print(dry_run(resolved, cluster))
-        return EXIT_DONE
-    if cluster is not None and config.launcher.name == "torchrun":
-        # The first node prepares data and folder once all have come.
-        return torchrun.run(config, cluster)
-    corpus = prepare(config.data, config.tokenizer).folder
-    prepare_run_folder(resolved)
     if config.launcher.name == "slurm":
-        return slurm.submit(resolved, corpus)
-    print(f"run folder {resolved.run_dir}, {resolved.world_size} ranks", file=sys.stderr)
-    if cluster is not None:
-        return deepspeed.run(resolved, cluster, corpus)
-    return launch(resolved, corpus)
+        slurm.check(resolved)
+    return config, resolved, cluster
 
 
 def resolve_for(config: Config, cluster: Cluster | None) -> Config:

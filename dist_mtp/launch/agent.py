@@ -169,12 +169,10 @@ def _announcement(node: Node) -> dict[str, Any]:
 def _start_all(node: Node, roll_call: RollCall) -> None:
     """The first node's duties once all have come: resolve, prepare data and run folder, give the word."""
     members = roll_call.gather()
-    config = settled(node.config, len(members))
-    if node.config.launcher.min_nodes is not None:
+    config, world_size = settled(node.config, len(members)), sum(member.ranks for member in members)
+    if config.world_size != world_size:  # fewer nodes came than were asked for
         config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dp=None))
-    config = resolve(
-        config, vocab_size=tokenizer_vocab_size(config.tokenizer), world_size=sum(member.ranks for member in members)
-    )
+    config = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer), world_size=world_size)
     corpus = node.corpus or prepare(config.data, config.tokenizer).folder
     prepare_run_folder(config)
     shared_token = secrets.token_hex(16)

@@ -15,21 +15,25 @@ CORPUS = Path("CORPUS")
 """Stands for the folder that preparing the corpus would tell."""
 
 
-def dry_run(config: Config, cluster: Cluster | None) -> str:
+def dry_run(config: Config, cluster: Cluster | None, min_nodes: int | None = None) -> str:
     """Commands that start the run.
 
     Args:
         config: resolved.
         cluster: None for the launchers of one machine.
+        min_nodes: nodes that suffice.
     """
+    if config.launcher.name == "slurm":
+        script = Path(config.run_dir) / slurm.SCRIPT
+        return (
+            f"{shown(['sbatch', '--parsable', str(script)])}\n\n{slurm.job_script(config, CORPUS, min_nodes=min_nodes)}"
+        )
     arguments = rank_arguments(config, Path(config.run_dir) / CONFIG_FILE, CORPUS)
     if cluster is None:
         if config.launcher.name == "none":
             return shown(["python", "-m", RANK_MODULE, *arguments])
         local = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
         return shown(["torchrun", *local, "--nproc-per-node", str(config.world_size), "-m", RANK_MODULE, *arguments])
-    if config.launcher.name == "slurm":
-        return slurm.preview(config, CORPUS)
     if config.launcher.name == "deepspeed":
         return shown(deepspeed.command(config, cluster, CORPUS))
     host, port = torchrun.endpoint(config, cluster)

@@ -1,4 +1,6 @@
-"""Rank 0's console: plain aligned lines, the same in a terminal, in a log file and under ``torchrun``."""
+"""Rank 0's console: plain aligned lines, the same in a terminal, in a log file and under ``torchrun``, and in a terminal a
+progress bar below them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from typing import TextIO
 
 from dist_mtp.monitor.depths import by_depth
 from dist_mtp.monitor.formatting import compact, duration, fit, percent
+from dist_mtp.monitor.progress import ProgressBar, shows_bar
 
 RECENT_STEPS = 50
 """Steps whose median time predicts the remaining time; the median ignores a step that waited for a checkpoint."""
@@ -20,10 +23,15 @@ RECENT_STEPS = 50
 class Console:
     """Writes each line to ``stream`` and, when ``log_file`` is given, appends it there.
 
-    A reader that goes away (``| head``) or a full disk silences that output and never ends training.
+    A reader that goes away (``| head``), a closed terminal or a full disk silences that output and never ends training.
+
+    Args:
+        progress: ``monitor.progress``: whether a bar stays at the bottom of ``stream``. The log file never has one.
     """
 
-    def __init__(self, stream: TextIO, *, log_file: str | Path | None) -> None:
+    def __init__(self, stream: TextIO, *, log_file: str | Path | None, progress: str = "auto") -> None:
+        self._stream = stream
+        self._bar = ProgressBar(stream) if shows_bar(progress, stream) else None
         self._outputs: list[TextIO] = [stream]
         self._log: TextIO | None = None
         self._step_times: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -39,9 +47,14 @@ class Console:
 
     def step_line(self, metrics: Mapping[str, float], total_steps: int) -> None:
         """One line for a trained step; all lines of a run have the same columns."""
-        self._step_times.append(metrics["step_time"])
-        left = (total_steps - metrics["step"]) * statistics.median(self._step_times)
-        self._write(format_step(metrics, total_steps, left))
+        left_s = self._note_step(metrics, total_steps)
+        self._write(format_step(metrics, total_steps, left_s))
+
+    def progress(self, metrics: Mapping[str, float], total_steps: int) -> None:
+        """A trained step that gets no line of its own: only the bar moves."""
+        self._note_step(metrics, total_steps)
+        if self._bar is not None:
+            self._send(self._stream, self._bar.redrawn())
 
     def eval_line(self, metrics: Mapping[str, float], total_steps: int) -> None:
         """One line for the ``eval_*`` keys of a step's metrics."""
@@ -54,13 +67,32 @@ class Console:
         self._write(f"warning: {text}")
 
     def close(self) -> None:
-        """Close the log file; the stream belongs to the caller."""
+        """Remove the bar and close the log file; the stream belongs to the caller."""
+        if self._bar is not None:
+            self._send(self._stream, self._bar.cleared())
+            self._bar = None
         if self._log is not None:
             with contextlib.suppress(OSError):
                 self._log.close()
 
+    def _note_step(self, metrics: Mapping[str, float], total_steps: int) -> float:
+        """Seconds that are left."""
+        self._step_times.append(metrics["step_time"])
+        left_s = (total_steps - metrics["step"]) * statistics.median(self._step_times)
+        if self._bar is not None:
+            self._bar.update(metrics, total_steps, left_s)
+        return left_s
+
     def _write(self, line: str) -> None:
-        self._outputs = [output for output in self._outputs if _try_write(output, line)]
+        text = f"{line}\n"
+        for output in list(self._outputs):
+            bar = self._bar if output is self._stream else None
+            self._send(output, text if bar is None else bar.below(text))
+
+    def _send(self, output: TextIO, text: str) -> None:
+        """Nothing goes to an output that failed once."""
+        if output in self._outputs and not _try_write(output, text):
+            self._outputs.remove(output)
 
 
 def format_step(metrics: Mapping[str, float], total_steps: int, left_s: float) -> str:
@@ -105,12 +137,12 @@ def _loss_columns(metrics: Mapping[str, float], prefix: str) -> list[str]:
     return [main, *(f"mtp{k} {fit(loss, 7, 4)}" for k, loss in enumerate(depths, start=1))]
 
 
-def _try_write(output: TextIO, line: str) -> bool:
-    """Whether the line got out; an output that fails once is not tried again."""
+def _try_write(output: TextIO, text: str) -> bool:
+    """Whether the text got out."""
     encoding = output.encoding or "utf-8"  # None: an in-memory stream
     try:
         # A path with an accent must not raise under an ASCII locale.
-        output.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        output.write(text.encode(encoding, "backslashreplace").decode(encoding))
         output.flush()
     except (OSError, ValueError):  # ValueError: the stream was closed
         _discard_pending(output)

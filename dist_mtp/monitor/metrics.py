@@ -6,6 +6,7 @@ An evaluation's results are keys of the step after which it ran, so a step has e
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +14,15 @@ from dist_mtp.errors import DataError
 from dist_mtp.monitor import strict_json
 from dist_mtp.monitor.atomic import replace_text
 
+METRICS = "metrics.jsonl"
+
 TIMING_KEYS: frozenset[str] = frozenset(
     {"step_time", "tokens_per_s", "tflops_per_device", "mfu", "data_wait_s", "all_to_all_wait_s", "memory_gib"}
+    | {"bubble", "bubble_plan", "p2p_wait_s"}
 )
-"""Keys that depend on the machine's mood; all others are equal, bit for bit, in two runs of one configuration."""
+TIMING_PATTERN = re.compile(r"memory_rank_\d+_gib|stage_\d+_busy_share")
+"""Keys, and patterns of keys, that depend on the machine and its mood, and on how ranks share the work; all others are
+equal, bit for bit, in two runs of one configuration."""
 
 
 class MetricsFile:
@@ -65,7 +71,9 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 def comparable(row: Mapping[str, float]) -> dict[str, float]:
     """The part of a row that two equal runs must agree on exactly."""
-    return {key: value for key, value in row.items() if key not in TIMING_KEYS}
+    return {
+        key: value for key, value in row.items() if key not in TIMING_KEYS and TIMING_PATTERN.fullmatch(key) is None
+    }
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, float]]]:

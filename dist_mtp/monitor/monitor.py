@@ -17,8 +17,10 @@ from dist_mtp.monitor.plan_files import PICTURE, write_plan
 from dist_mtp.monitor.report import final_report, median_tokens_per_s, parameter_table
 from dist_mtp.monitor.tensorboard import TensorBoard
 from dist_mtp.monitor.throughput import Throughput
+from dist_mtp.monitor.timeline_files import TIMELINE_PICTURE, write_timeline
 from dist_mtp.pipeline.costs import list_units, unit_parameters
 from dist_mtp.pipeline.plan import Plan
+from dist_mtp.pipeline.timeline import MeasuredTimeline
 
 Metrics = dict[str, float]
 
@@ -34,6 +36,9 @@ class Monitor:
 
     def expert_loads(self, step: int, layers: Sequence[int], load_LE: Tensor) -> None:
         """Tokens per expert [layers, E] over the global batch, before :meth:`log` of the same step."""
+
+    def timeline(self, step: int, timeline: MeasuredTimeline) -> None:
+        """When each rank of the first data replica computed what, before :meth:`log` of the same step."""
 
     def checkpoint_written(self, path: Path) -> None: ...
 
@@ -59,11 +64,13 @@ class RunMonitor(Monitor):
         self._config, self._plan, self._corpus_info, self._throughput = config, plan, corpus_info, throughput
         self.run_dir = Path(config.run_dir)
         self.last_metrics: Metrics = {}
-        self.console = Console(sys.stdout, log_file=self.run_dir / "logs" / "rank_0.log")
+        log_file = self.run_dir / "logs" / "rank_0.log"
+        self.console = Console(sys.stdout, log_file=log_file, progress=config.monitor.progress)
         self._metrics_file: MetricsFile | None = None
         self._tensorboard: TensorBoard | None = None
         self._last_checkpoint: Path | None = None
         self._last_loads: dict[int, Tensor] = {}
+        self._timeline: MeasuredTimeline | None = None
 
     def start(self, resume_step: int) -> None:
         config = self._config
@@ -74,8 +81,10 @@ class RunMonitor(Monitor):
                 self.run_dir / "tensorboard",
                 num_depths=config.mtp.depth,
                 has_experts=bool(config.moe_layers),
+                aux_losses=any(config.moe.aux_loss_coeffs.values()),
                 ep=config.parallel.ep,
                 fp8=config.precision.name == "fp8" and config.precision.fp8_statistics_every > 0,
+                timelines=config.monitor.timeline_every > 0,
                 config_text=yaml.safe_dump(to_dict(config), sort_keys=False),
                 plan_text=plan_text,
                 hparams=_flat(to_dict(config)),
@@ -94,9 +103,12 @@ class RunMonitor(Monitor):
         self._metrics_file.write(metrics)
         if self._tensorboard is not None:
             self._tensorboard.write(metrics)
+        self._show_timeline(int(metrics["step"]))
         total = self._config.train.steps
         if metrics["step"] % self._config.monitor.log_every == 0 or metrics["step"] == total:
             self.console.step_line(metrics, total)
+        else:
+            self.console.progress(metrics, total)
         if "eval_loss_main" in metrics:
             self.console.eval_line(metrics, total)
 
@@ -104,6 +116,21 @@ class RunMonitor(Monitor):
         self._last_loads = dict(zip(layers, load_LE, strict=True))  # views: the host copy is made once, by finish()
         if self._tensorboard is not None:
             self._tensorboard.write_expert_loads(step, layers, load_LE)
+
+    def timeline(self, step: int, timeline: MeasuredTimeline) -> None:
+        self._timeline = timeline  # drawn by log(), when the step's time is taken
+
+    def _show_timeline(self, step: int) -> None:
+        timeline, self._timeline = self._timeline, None
+        if timeline is None:
+            return
+        try:
+            write_timeline(self._plan, step, timeline, self.run_dir)
+        except OSError as error:
+            self.warn(f"no timeline of step {step}: {error}")
+            return
+        if self._tensorboard is not None:
+            self._tensorboard.add_image("timeline/measured", self.run_dir / TIMELINE_PICTURE, step)
 
     def checkpoint_written(self, path: Path) -> None:
         self._last_checkpoint = path

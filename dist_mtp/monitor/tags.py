@@ -26,20 +26,26 @@ TAGS: dict[str, str] = {
     "loss_global_aux": "moe/loss_global_aux",
     "loss_z": "moe/loss_z",
     "memory_gib": "memory/peak_gib",
+    "memory_rank_{k}_gib": "memory/rank_{k}_gib",
+    "p2p_wait_s": "pipeline/p2p_wait_s",
     "eval_loss_main": "eval/loss_main",
     "eval_loss_mtp_{k}": "eval/loss_mtp_{k}",
     "eval_accept_mtp_{k}": "eval/accept_rate_{k}",
     "eval_bits_per_byte": "eval/bits_per_byte",
     "tokens": "progress/tokens",
 }
-"""Metric -> tag of the same value, for every depth or layer ``{k}``; metrics that are listed nowhere are not drawn."""
+"""Metric -> tag of the same value, for every depth, layer, stage or pipeline rank ``{k}``; metrics that are listed nowhere
+are not drawn."""
 
 SCALED_TAGS: dict[str, tuple[str, float]] = {
     "mfu": ("perf/mfu_pct", 100),
     "dropped_share": ("moe/dropped_pct", 100),
     "all_to_all_bytes": ("moe/all_to_all_mib", 2**-20),
+    "bubble": ("pipeline/bubble_pct_measured", 100),
+    "bubble_plan": ("pipeline/bubble_pct_theory", 100),
+    "stage_{k}_busy_share": ("pipeline/stage_{k}_busy_pct", 100),
 }
-"""Metric -> tag and the factor from the metric's unit to the tag's."""
+"""Metric -> tag and the factor from the metric's unit to the tag's; ``{k}`` as above."""
 
 STEP_SHARE_TAGS: dict[str, str] = {
     "data_wait_s": "perf/data_wait_pct",
@@ -56,6 +62,7 @@ FP8_TAGS: dict[str, tuple[str, float]] = {
 }
 """Quantity of ``fp8_QUANTITY_KIND_ROLE`` -> tag before ``/KIND_ROLE``, and the factor to its unit."""
 _FP8_KEY = re.compile(rf"fp8_({'|'.join(FP8_TAGS)})_(.*)")
+_NUMBERED_KEY = re.compile(r"(.*(?:mtp|layer|stage|rank)_)(\d+)(.*)")
 
 LOAD_SHARE_TAG = "moe/load_share/layer_{k:02d}"
 """Histogram of one layer: each expert's tokens over the mean of the layer's experts."""
@@ -69,14 +76,14 @@ def scalars(row: Mapping[str, float]) -> dict[str, float]:
     """
     values: dict[str, float] = {}
     for key, value in row.items():
-        # The depth or layer is the number at the end of a key: loss_mtp_2 -> loss_mtp_{k}, k = 2.
-        numbered = re.fullmatch(r"(.*_(?:mtp|layer)_)(\d+)", key)
-        pattern, k = (key, 0) if numbered is None else (f"{numbered[1]}{{k}}", int(numbered[2]))
+        # loss_mtp_2 -> loss_mtp_{k}, k = 2.
+        numbered = _NUMBERED_KEY.fullmatch(key)
+        pattern, k = (key, 0) if numbered is None else (f"{numbered[1]}{{k}}{numbered[3]}", int(numbered[2]))
         if pattern in TAGS:
             values[TAGS[pattern].format(k=k)] = value
-        elif key in SCALED_TAGS:
-            tag, factor = SCALED_TAGS[key]
-            values[tag] = factor * value
+        elif pattern in SCALED_TAGS:
+            tag, factor = SCALED_TAGS[pattern]
+            values[tag.format(k=k)] = factor * value
         elif fp8 := _FP8_KEY.fullmatch(key):
             tag, factor = FP8_TAGS[fp8[1]]
             values[f"{tag}/{fp8[2]}"] = factor * value
@@ -87,7 +94,9 @@ def scalars(row: Mapping[str, float]) -> dict[str, float]:
     return values
 
 
-def chart_layout(num_depths: int, *, has_experts: bool, ep: int, fp8: bool) -> dict[str, dict[str, list[object]]]:
+def chart_layout(
+    num_depths: int, *, has_experts: bool, aux_losses: bool, ep: int, fp8: bool, timelines: bool
+) -> dict[str, dict[str, list[object]]]:
     """Layout of the Custom Scalars tab: category -> chart title -> ``["Multiline", tags]``.
 
     A chart draws every tag that one of its ``tags`` matches as a regular expression, from the tag's start.
@@ -101,24 +110,39 @@ def chart_layout(num_depths: int, *, has_experts: bool, ep: int, fp8: bool) -> d
         "Loss": {
             "main and MTP": multiline("loss/main", *(f"loss/mtp_{k}" for k in depths)),
             "held out": multiline("eval/loss_main", *(f"eval/loss_mtp_{k}" for k in depths)),
-        },
-        "Throughput": {
-            "tokens/s": multiline("perf/tokens_per_s"),
-            "share of time and of peak, %": multiline("perf/mfu_pct", "perf/data_wait_pct"),
-        },
+        }
     }
+    if num_depths:
+        layout["MTP"] = {
+            "agreement with the main head": multiline(*(f"mtp/accept_rate_{k}" for k in depths)),
+            "expected tokens per decoding step": multiline("mtp/expected_tokens_per_step"),
+        }
     if has_experts:
         layout["MoE"] = {
             "largest load over the mean load, minus 1": multiline(
                 "moe/load_max_violation", r"moe/load_violation/layer_\d+"
             ),
             "router bias norm": multiline("moe/bias_norm"),
-            "auxiliary losses, unweighted": multiline("moe/loss_.*"),
             "dropped tokens, %": multiline("moe/dropped_pct"),
         }
+        if aux_losses:
+            layout["MoE"]["auxiliary losses, unweighted"] = multiline("moe/loss_.*")
         if ep > 1:
             layout["MoE"]["all-to-all, MiB per step"] = multiline("moe/all_to_all_mib")
             layout["MoE"]["wait for all-to-all, % of the step"] = multiline("moe/all_to_all_wait_pct")
+    if timelines:
+        layout["Pipeline"] = {
+            "bubble, measured and of the plan, %": multiline(
+                "pipeline/bubble_pct_measured", "pipeline/bubble_pct_theory"
+            ),
+            "time in which a stage is computed, %": multiline(r"pipeline/stage_\d+_busy_pct"),
+            "wait for messages, s": multiline("pipeline/p2p_wait_s"),
+        }
+    layout["Throughput"] = {
+        "tokens/s": multiline("perf/tokens_per_s"),
+        "share of time and of peak, %": multiline("perf/mfu_pct", "perf/data_wait_pct"),
+    }
+    layout["Memory"] = {"peak so far by pipeline rank, GiB": multiline(r"memory/rank_\d+_gib")}
     if fp8:
         layout["FP8"] = {
             f"{title}, {of}": multiline(rf"{tag}/\w+_{role}")
@@ -129,10 +153,5 @@ def chart_layout(num_depths: int, *, has_experts: bool, ep: int, fp8: bool) -> d
                 ("fp8/scale_m(in|ax)", "least and largest scale"),
             )
             for role, of in (("input", "inputs"), ("weight", "weights"), ("grad", "gradients"))
-        }
-    if num_depths:
-        layout["MTP"] = {
-            "agreement with the main head": multiline(*(f"mtp/accept_rate_{k}" for k in depths)),
-            "expected tokens per decoding step": multiline("mtp/expected_tokens_per_step"),
         }
     return layout

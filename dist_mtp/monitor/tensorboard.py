@@ -27,8 +27,10 @@ class TensorBoard:
     Args:
         num_depths: D, MTP depths that share a chart.
         has_experts: whether the model has MoE layers; they get charts then.
+        aux_losses: whether its routers have auxiliary losses; likewise.
         ep: ranks that share one set of experts; from 2 on there are charts of their all-to-all.
         fp8: whether layers multiply in FP8; there are charts of what it loses then.
+        timelines: whether steps are measured; there are charts of their bubble then.
         config_text: resolved configuration, shown as preformatted text.
         plan_text: pipeline plan, likewise.
         hparams: flat settings for the HParams tab; None is left out, what is no number, string or bool becomes a string.
@@ -42,8 +44,10 @@ class TensorBoard:
         *,
         num_depths: int,
         has_experts: bool,
+        aux_losses: bool,
         ep: int,
         fp8: bool,
+        timelines: bool,
         config_text: str,
         plan_text: str,
         hparams: Mapping[str, Any],
@@ -57,7 +61,10 @@ class TensorBoard:
         start = 0 if purge_step is None else purge_step - 1
 
         def describe_run(writer: SummaryWriter) -> None:
-            writer.add_custom_scalars(chart_layout(num_depths, has_experts=has_experts, ep=ep, fp8=fp8))
+            layout = chart_layout(
+                num_depths, has_experts=has_experts, aux_losses=aux_losses, ep=ep, fp8=fp8, timelines=timelines
+            )
+            writer.add_custom_scalars(layout)
             writer.add_text("config", _preformatted(config_text), start)
             writer.add_text("plan", _preformatted(plan_text), start)
             _write_hparams(writer, hparams, num_depths)
@@ -96,14 +103,14 @@ class TensorBoard:
 
         self._attempt(add_histograms)
 
-    def add_image(self, tag: str, png_path: str | Path) -> None:
+    def add_image(self, tag: str, png_path: str | Path, step: int = 0) -> None:
         """Show a PNG file; a missing or damaged one is reported and left out."""
         try:
             pixels_HWC = imread(png_path)
         except OSError as error:
             self._report(f"TensorBoard goes without the picture {png_path}: {error}")
             return
-        self._attempt(lambda writer: writer.add_image(tag, pixels_HWC, dataformats="HWC"))
+        self._attempt(lambda writer: writer.add_image(tag, pixels_HWC, step, dataformats="HWC"))
 
     def close(self) -> None:
         """Write what is pending; calls after the first do nothing."""

@@ -28,7 +28,7 @@ class DeviceProfile:
     node_bandwidth_bytes_per_s: float
     """That leave a rank for others of its node."""
     node_ranks: int | None
-    """Ranks that share a node; None where all do."""
+    """Ranks that share a node; None where all do. A plan has that of its run here, see ``nodes.py``."""
 
     def message_seconds(self, num_bytes: float) -> float:
         """Time from the send of a message until the peer can use it."""

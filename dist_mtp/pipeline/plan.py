@@ -14,6 +14,8 @@ from dist_mtp.pipeline.devices import DeviceProfile, resolve_profile
 from dist_mtp.pipeline.experts import ExpertPlan, place_experts
 from dist_mtp.pipeline.lowering import lower
 from dist_mtp.pipeline.memory import RankMemory, rank_memory
+from dist_mtp.pipeline.node_traffic import Traffic, data_traffic, expert_traffic, pipeline_traffic
+from dist_mtp.pipeline.nodes import NodePlan, on_nodes, place_on_nodes, placement_warnings, ranks_per_node
 from dist_mtp.pipeline.partition import Partition, partition
 from dist_mtp.pipeline.placement import stage_ranks
 from dist_mtp.pipeline.simulate import Timeline, simulate
@@ -58,10 +60,16 @@ class Plan:
     balanced_ranks: int
     """The largest ``parallel.pp`` at which the rank of the head need not be slower than the others."""
     profile: DeviceProfile
+    """With this run's ranks in a node."""
     experts: ExpertPlan | None
     """None when ``parallel.ep`` is 1: every rank holds all experts of its layers."""
     ranks: tuple[RankMemory, ...]
     """Of each pipeline rank; its data-parallel ranks all hold as much."""
+    nodes: NodePlan
+    traffic: tuple[Traffic, ...]
+    """Between nodes: of the pipeline, of gradients, and of experts unless ``parallel.ep`` is 1."""
+    node_warnings: tuple[str, ...]
+    """What crosses nodes and need not, with the values that would fit."""
 
     @property
     def num_stages(self) -> int:
@@ -79,7 +87,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The content of ``plan.json``; times in seconds of the device profile.
 
-        ``params`` of a stage are those on one data-parallel rank. ``experts`` is null when ``parallel.ep`` is 1.
+        ``params`` of a stage are those on one data-parallel rank. ``experts`` is null when ``parallel.ep`` is 1. ``nodes`` has
+        first and last rank of each node, and the traffic that leaves nodes in a step.
         """
         return {
             "pp": self.pp,
@@ -108,6 +117,11 @@ class Plan:
             "bound": {"balance": self.bound.balance, "ramp": self.bound.ramp},
             "experts": None if self.experts is None else self.experts.to_json(),
             "ranks": [asdict(rank) for rank in self.ranks],
+            "nodes": {
+                **self.nodes.to_json(),
+                "traffic": {traffic.kind: traffic.to_json() for traffic in self.traffic},
+                "warnings": list(self.node_warnings),
+            },
         }
 
 
@@ -124,7 +138,7 @@ def make_plan(config: Config, cuda_device_name: str | None = None) -> Plan:
     Raises:
         ConfigError: unknown device profile, too few units, or a layout that does not fit.
     """
-    profile = resolve_profile(config.pipeline.device_profile, cuda_device_name)
+    profile = on_nodes(resolve_profile(config.pipeline.device_profile, cuda_device_name), config)
     stage_to_rank = stage_ranks(config)
     table = schedules.build(config.pipeline.schedule, config.parallel.pp, stage_to_rank, config.train.micro_batches)
     check_complete(table, len(stage_to_rank), config.train.micro_batches, stage_to_rank)
@@ -141,6 +155,12 @@ def make_plan(config: Config, cuda_device_name: str | None = None) -> Plan:
     rank_costs = [
         total_cost(stage.cost for stage in stages if stage.rank == rank) for rank in range(config.parallel.pp)
     ]
+
+    ranks = tuple(
+        rank_memory(config, rank, cost, timeline.peak_activation_bytes[rank]) for rank, cost in enumerate(rank_costs)
+    )
+    experts = place_experts(config, profile, rank_costs)
+    nodes = place_on_nodes(config.parallel.pp, config.dp, config.parallel.ep, ranks_per_node(config, profile))
 
     return Plan(
         pp=config.parallel.pp,
@@ -160,12 +180,26 @@ def make_plan(config: Config, cuda_device_name: str | None = None) -> Plan:
         ),
         balanced_ranks=balanced_ranks(costs, config.pipeline.placement),
         profile=profile,
-        experts=place_experts(config, profile, rank_costs),
-        ranks=tuple(
-            rank_memory(config, rank, cost, timeline.peak_activation_bytes[rank])
-            for rank, cost in enumerate(rank_costs)
-        ),
+        experts=experts,
+        ranks=ranks,
+        nodes=nodes,
+        traffic=_traffic(config, nodes, stage_to_rank, ranks, experts),
+        node_warnings=tuple(placement_warnings(nodes, config.model.n_routed_experts)),
     )
+
+
+def _traffic(
+    config: Config,
+    nodes: NodePlan,
+    stage_to_rank: Sequence[int],
+    ranks: Sequence[RankMemory],
+    experts: ExpertPlan | None,
+) -> tuple[Traffic, ...]:
+    hidden_bytes = config.train.micro_batches * message_bytes(config)
+    kinds = [pipeline_traffic(nodes, stage_to_rank, hidden_bytes), data_traffic(nodes, ranks)]
+    if experts is not None:
+        kinds.append(expert_traffic(nodes, experts.all_to_all_bytes))
+    return tuple(kinds)
 
 
 def _stage_costs(costs: Sequence[UnitCost], cut: Partition) -> list[UnitCost]:

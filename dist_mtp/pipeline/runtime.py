@@ -63,13 +63,17 @@ class PipelineRuntime:
         self._outbox: dict[tuple[str, int, int], Tensor] = {}
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
-    def train_step(self, batches: Sequence[MicroBatch]) -> list[HeadStats]:
+    def train_step(self, batches: Sequence[MicroBatch], mark: Callable[[], None] = lambda: None) -> list[HeadStats]:
         """Forward and backward of all microbatches; gradients are left on the parameters.
+
+        Args:
+            mark: called three times for every action of computation: before the wait for its input, before and after the
+                computation. A clock that is read there measures the step (``dist_mtp.parallel.timeline``).
 
         Returns:
             Statistics per microbatch on the rank of the last stage, an empty list elsewhere.
         """
-        return self._run(self._plan.lowered[self._pp_rank], batches)
+        return self._run(self._plan.lowered[self._pp_rank], batches, mark)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[HeadStats]:
@@ -78,15 +82,20 @@ class PipelineRuntime:
         for stage in self.stages.values():
             stage.model.eval()
         try:
-            return self._run(self._plan.forward_only(len(batches))[self._pp_rank], batches)
+            return self._run(self._plan.forward_only(len(batches))[self._pp_rank], batches, lambda: None)
         finally:
             for stage, training in zip(self.stages.values(), modes, strict=True):
                 stage.model.train(training)
 
-    def _run(self, actions: Sequence[Action], batches: Sequence[MicroBatch]) -> list[HeadStats]:
+    def _run(
+        self, actions: Sequence[Action], batches: Sequence[MicroBatch], mark: Callable[[], None]
+    ) -> list[HeadStats]:
         for action in actions:
             self._on_action(action)
-            self._perform(action, batches)
+            if action.kind.is_compute:
+                self._perform(action, batches[action.microbatch], mark)
+            else:
+                self._communicate(action)
             while self._sending and self._sending[0][0].is_completed():
                 self._sending.popleft()
         while self._sending:
@@ -94,36 +103,54 @@ class PipelineRuntime:
         last = self.stages.get(len(self._plan.stage_to_rank) - 1)
         return last.take_stats() if last is not None else []
 
-    def _perform(self, action: Action, batches: Sequence[MicroBatch]) -> None:
-        stage, microbatch = self.stages[action.stage], action.microbatch
-        match action.kind:
-            case Kind.F:
-                hidden = None if stage.index == 0 else self._take(FORWARD_EDGE, stage.index, microbatch)
-                output = stage.forward(microbatch, hidden, batches[microbatch])
-                self._hand_over(FORWARD_EDGE, stage.index, stage.index + 1, microbatch, output)
-            case Kind.B | Kind.I:
-                is_last = stage.index == len(self._plan.stage_to_rank) - 1
-                grad = None if is_last else self._take(BACKWARD_EDGE, stage.index, microbatch)
-                grad_input = stage.backward(microbatch, grad, defer_weights=action.kind is Kind.I)
-                if grad_input is not None:
-                    self._hand_over(BACKWARD_EDGE, stage.index, stage.index - 1, microbatch, grad_input)
-            case Kind.W:
-                stage.weight_gradients(microbatch)
-            case Kind.SEND_F:
-                self._send(FORWARD_EDGE, stage.index, stage.index + 1, microbatch)
-            case Kind.SEND_B:
-                self._send(BACKWARD_EDGE, stage.index, stage.index - 1, microbatch)
-            case Kind.RECV_F:
-                self._receive(FORWARD_EDGE, stage.index - 1, stage.index, microbatch)
-            case Kind.RECV_B:
-                self._receive(BACKWARD_EDGE, stage.index + 1, stage.index, microbatch)
+    def _perform(self, action: Action, batch: MicroBatch, mark: Callable[[], None]) -> None:
+        mark()
+        received = self._input(action)
+        mark()
+        result = self._compute(action, received, batch)
+        mark()
+        self._hand_over(action, result)
 
-    def _hand_over(self, edge: str, source: int, target: int, microbatch: int, tensor: Tensor) -> None:
+    def _input(self, action: Action) -> Tensor | None:
+        """What the action needs from a neighbouring stage, once it is there; None if it needs nothing."""
+        stage, is_last = action.stage, action.stage == len(self._plan.stage_to_rank) - 1
+        if action.kind is Kind.F and stage > 0:
+            return self._take(FORWARD_EDGE, stage, action.microbatch)
+        if action.kind in (Kind.I, Kind.B) and not is_last:
+            return self._take(BACKWARD_EDGE, stage, action.microbatch)
+        return None
+
+    def _compute(self, action: Action, received: Tensor | None, batch: MicroBatch) -> Tensor | None:
+        """The action's result for a neighbouring stage, if it has one."""
+        stage, microbatch = self.stages[action.stage], action.microbatch
+        if action.kind is Kind.F:
+            return stage.forward(microbatch, received, batch)
+        if action.kind is Kind.W:
+            stage.weight_gradients(microbatch)
+            return None
+        return stage.backward(microbatch, received, defer_weights=action.kind is Kind.I)
+
+    def _communicate(self, action: Action) -> None:
+        stage, microbatch = action.stage, action.microbatch
+        match action.kind:
+            case Kind.SEND_F:
+                self._send(FORWARD_EDGE, stage, stage + 1, microbatch)
+            case Kind.SEND_B:
+                self._send(BACKWARD_EDGE, stage, stage - 1, microbatch)
+            case Kind.RECV_F:
+                self._receive(FORWARD_EDGE, stage - 1, stage, microbatch)
+            case Kind.RECV_B:
+                self._receive(BACKWARD_EDGE, stage + 1, stage, microbatch)
+
+    def _hand_over(self, action: Action, result: Tensor | None) -> None:
         """Pass a result to a stage on this rank at once, or keep it for its SEND."""
+        if result is None:
+            return
+        edge, target = (FORWARD_EDGE, action.stage + 1) if action.kind is Kind.F else (BACKWARD_EDGE, action.stage - 1)
         if target in self.stages:
-            self._inbox[edge, target, microbatch] = (None, tensor)
+            self._inbox[edge, target, action.microbatch] = (None, result)
         elif target < len(self._plan.stage_to_rank):
-            self._outbox[edge, source, microbatch] = tensor
+            self._outbox[edge, action.stage, action.microbatch] = result
 
     def _take(self, edge: str, stage: int, microbatch: int) -> Tensor:
         request, tensor = self._inbox.pop((edge, stage, microbatch))

@@ -1,10 +1,14 @@
 """Console lines stand in columns, and an output that breaks never ends training."""
 
+import fcntl
 import io
 import math
 import os
+import re
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -131,6 +135,136 @@ def test_ascii_terminal_does_not_silence_the_console():
     console.notice("runs/é")
     console.notice("next")
     assert raw.getvalue() == b"runs/\\xe9\nnext\n", raw.getvalue()
+
+
+class Terminal:
+    """A pseudo-terminal: ``stream`` is its slave side, as a process that was started in it has it."""
+
+    def __init__(self, columns):
+        self.master, slave = os.openpty()
+        os.set_blocking(self.master, False)  # a test that waits for what never comes fails
+        attributes = termios.tcgetattr(slave)
+        attributes[1] &= ~termios.OPOST  # newlines arrive as they were written
+        termios.tcsetattr(slave, termios.TCSANOW, attributes)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.stream = os.fdopen(slave, "w", encoding="utf-8")
+
+    def screen(self):
+        """Lines that stand there after what was written since the last call, colours left out."""
+        text = re.sub(r"\x1b\[[\d;]*m", "", os.read(self.master, 1 << 20).decode())
+        # "\r" and "erase line" is all that a bar needs; anything else would stay in the text and be noticed.
+        return [line.rpartition("\r\x1b[2K")[2] for line in text.split("\n")]
+
+    def hang_up(self):
+        if self.master >= 0:
+            os.close(self.master)
+        self.master = -1
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    opened = Terminal(columns=100)
+    yield opened
+    opened.stream.close()
+    opened.hang_up()
+
+
+class TestProgressBar:
+    """In a terminal the bar is the last line, under the same lines as elsewhere; no other output ever sees it."""
+
+    def test_stays_below_the_lines(self, terminal, tmp_path):
+        """Whatever is written goes above; log file and screen end up with the same lines."""
+        console = Console(terminal.stream, log_file=tmp_path / "log")
+        console.header(["settings"])
+        for step in (1, 2):
+            console.step_line(metrics(step), TOTAL_STEPS)
+        console.progress(metrics(150), TOTAL_STEPS)
+        console.warn("slow disk")
+        *lines, bar = terminal.screen()
+        expected = step_lines([metrics(1), metrics(2)])
+        assert lines == ["settings", *expected, "warning: slow disk"], lines
+        found = re.fullmatch(r"step 150/300 (━+╸?[━╺]*)  50% loss  3\.9412  3\.9k tok/s ETA  1m18s", bar)
+        assert found, bar
+        assert len(bar) == 99, f"{len(bar)} of 100 columns: one is left free, so that no terminal wraps the line"
+        console.close()
+        assert terminal.screen() == [""], "the bar is still there"
+        log = (tmp_path / "log").read_text()
+        assert log.splitlines() == lines, log
+        assert "\x1b" not in log
+        assert "\r" not in log
+
+    @pytest.mark.parametrize(
+        ("progress", "term", "is_terminal", "expected"),
+        [
+            ("auto", "xterm", True, True),
+            ("auto", "xterm", False, False),
+            ("auto", "dumb", True, False),
+            ("lines", "xterm", True, False),
+            ("bar", "xterm", False, True),
+            ("bar", "dumb", False, False),
+        ],
+    )
+    def test_is_shown_where_asked_for(self, progress, term, is_terminal, expected, terminal, monkeypatch):
+        monkeypatch.setenv("TERM", term)
+        stream = terminal.stream if is_terminal else io.StringIO()
+        Console(stream, log_file=None, progress=progress).step_line(metrics(1), TOTAL_STEPS)
+        text = os.read(terminal.master, 1 << 20).decode() if is_terminal else stream.getvalue()
+        assert ("ETA" in text) == expected, repr(text)
+        assert expected or text.splitlines() == step_lines([metrics(1)]), repr(text)
+
+    def test_has_no_colours_when_asked(self, terminal, monkeypatch):
+        monkeypatch.setenv("NO_COLOR", "1")
+        Console(terminal.stream, log_file=None).step_line(metrics(1), TOTAL_STEPS)
+        text = os.read(terminal.master, 1 << 20).decode()
+        assert "ETA" in text, repr(text)
+        assert "\x1b" not in text.replace("\r\x1b[2K", ""), repr(text)
+
+    def test_fits_a_narrow_terminal(self, terminal):
+        """One line, cut at the edge; a second one could not be erased."""
+        fcntl.ioctl(terminal.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
+        console = Console(terminal.stream, log_file=None)
+        for step in (1, 2):
+            console.step_line(metrics(step), TOTAL_STEPS)
+        *lines, bar = terminal.screen()
+        assert lines == step_lines([metrics(1), metrics(2)]), lines
+        assert len(bar) <= 19, bar
+
+    def test_ends_with_the_terminal(self, terminal, tmp_path):
+        """The window is closed: training goes on, and the log has every line."""
+        console = Console(terminal.stream, log_file=tmp_path / "log")
+        console.step_line(metrics(1), TOTAL_STEPS)
+        terminal.hang_up()
+        console.progress(metrics(2), TOTAL_STEPS)
+        console.step_line(metrics(3), TOTAL_STEPS)
+        console.close()
+        log = (tmp_path / "log").read_text()
+        assert [line.split()[1] for line in log.splitlines()] == ["1/300", "3/300"], log
+
+    def test_ends_with_the_stream(self, monkeypatch):
+        """A bar on a closed stream is as silent as lines are, whenever it was closed."""
+        monkeypatch.setenv("TERM", "xterm")
+        closed = io.StringIO()
+        closed.close()
+        Console(closed, log_file=None).notice("one")
+        stream = io.StringIO()
+        console = Console(stream, log_file=None, progress="bar")
+        console.progress(metrics(1), TOTAL_STEPS)
+        stream.close()
+        for step in (2, 3):
+            console.progress(metrics(step), TOTAL_STEPS)
+        console.close()
+
+    def test_costs_nothing_without_a_terminal(self):
+        """rich is not even imported where lines are written."""
+        code = (
+            "import io, sys; from dist_mtp.monitor.console import Console\n"
+            "Console(io.StringIO(), log_file=None).step_line({'step': 1, 'step_time': 1, 'tokens_per_s': 1}, 2)\n"
+            "print('rich' in sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == "False\n", done.stdout
 
 
 @pytest.mark.parametrize(

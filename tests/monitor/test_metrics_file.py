@@ -109,3 +109,16 @@ def test_bytes_between_ranks_are_comparable_and_waiting_is_not():
     """Equal runs route equal tokens, so they send equal bytes; how long a rank waits for them is the machine's affair."""
     kept = comparable({"all_to_all_bytes": 4096.0, "all_to_all_wait_s": 0.25})
     assert kept == {"all_to_all_bytes": 4096.0}, kept
+
+
+def test_measured_steps_are_comparable():
+    """What a clock said, and what a rank holds, is no result; a key that only resembles one of those is."""
+    measured = {
+        "bubble": 0.2,
+        "bubble_plan": 0.1,
+        "p2p_wait_s": 0.5,
+        "stage_12_busy_share": 0.5,
+        "memory_rank_3_gib": 1.5,
+    }
+    kept = comparable(measured | {"loss": 2.0, "stage_1_loss": 3.0})
+    assert kept == {"loss": 2.0, "stage_1_loss": 3.0}, kept

@@ -1,4 +1,6 @@
-"""Rank 0's monitor says at the start and at the end what a run with experts was."""
+"""Rank 0's monitor says at the start and at the end what a run with experts was, and shows measured steps."""
+
+import json
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from dist_mtp.config import from_mapping, resolve
 from dist_mtp.monitor.monitor import RunMonitor
 from dist_mtp.monitor.throughput import Throughput
 from dist_mtp.pipeline.plan import make_plan
+from dist_mtp.pipeline.timeline import from_marks
 
 CORPUS = {
     "source": "texts", "unigram_entropy_nats": 3.0,
@@ -17,23 +20,34 @@ LAYERS = (1, 4)
 STEPS = 2
 
 
-def run(folder, capsys, ep, loads):
-    """Console text of a run of :data:`STEPS` steps whose expert loads, one [layers, E] list a step, are ``loads``."""
+def start(folder, ep=1):
+    """Monitor of a run that begins, and its plan."""
     config = resolve(
         from_mapping({"run": {"dir": str(folder)}, "parallel": {"dp": 4, "ep": ep}, "train": {"steps": STEPS}}),
         vocab_size=257,
     )
     throughput = Throughput(flops_per_token=1e6, tokens_per_step=8, peak_flops_per_s=None, num_devices=8)
-    monitor = RunMonitor(config, make_plan(config), CORPUS, throughput)
+    plan = make_plan(config)
+    monitor = RunMonitor(config, plan, CORPUS, throughput)
     monitor.start(resume_step=0)
+    return monitor, plan
+
+
+def log(monitor, step):
+    monitor.log(
+        {
+            "step": step, "tokens": 8 * step, "loss": 2.0, "loss_main": 2.0, "loss_mtp_1": 2.0, "lr": 0.1,
+            "step_time": 0.5, "load_max_violation": 0.5, "router_bias_norm": 0.25,
+        }
+    )  # fmt: skip
+
+
+def run(folder, capsys, ep, loads):
+    """Console text of a run of :data:`STEPS` steps whose expert loads, one [layers, E] list a step, are ``loads``."""
+    monitor, _ = start(folder, ep)
     for step, load_LE in enumerate(loads, start=1):
         monitor.expert_loads(step, LAYERS, torch.tensor(load_LE, dtype=torch.float64))
-        monitor.log(
-            {
-                "step": step, "tokens": 8 * step, "loss": 2.0, "loss_main": 2.0, "loss_mtp_1": 2.0, "lr": 0.1,
-                "step_time": 0.5, "load_max_violation": 0.5, "router_bias_norm": 0.25,
-            }
-        )  # fmt: skip
+        log(monitor, step)
     monitor.finish()
     monitor.close()
     return capsys.readouterr().out
@@ -62,3 +76,44 @@ def test_header_says_who_shares_experts(tmp_path, capsys, ep, said):
     """Ranks that share experts are named in the layout; a run without expert parallelism says nothing about it."""
     text = run(tmp_path, capsys, ep, loads=[BALANCED, BALANCED])
     assert said in text, f"{said!r} is not in\n{text}"
+
+
+def measured(plan):
+    """The plan's own timeline, as if clocks had shown it."""
+    events = [[e for e in plan.timeline.events if e.rank == rank] for rank in range(plan.pp)]
+    return from_marks(plan.table, [[(e.start, e.start, e.end) for e in line] for line in events])
+
+
+def test_measured_steps_are_files_and_images(tmp_path):
+    """Each measured step leaves its numbers; the picture is of the last one, and TensorBoard has all of them."""
+    monitor, plan = start(tmp_path)
+    for step in (1, 2, 3):
+        if step != 2:
+            monitor.timeline(step, measured(plan))
+        log(monitor, step)
+    monitor.close()
+    assert sorted(path.name for path in (tmp_path / "timelines").iterdir()) == [
+        "step_00000001.json",
+        "step_00000003.json",
+    ]
+    content = json.loads((tmp_path / "timelines" / "step_00000003.json").read_text())
+    assert (content["step"], content["bubble"]) == (3, pytest.approx(plan.timeline.bubble)), content
+    assert content["predicted"] == {"step_time": plan.timeline.step_time, "bubble": plan.timeline.bubble}, content
+    first, last = (content["ranks"][rank]["actions"][index][0] for rank, index in ((0, 0), (plan.pp - 1, -1)))
+    assert (first, last) == (str(plan.table[0][0]), str(plan.table[-1][-1])), (first, last)
+    assert (tmp_path / "timeline.png").read_bytes()[:4] == b"\x89PNG"
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [image.step for image in events.Images("timeline/measured")] == [1, 3]
+
+
+def test_timeline_that_cannot_be_written_costs_nothing_else(tmp_path, capsys):
+    """A file where the folder should be: training goes on, and the user is told."""
+    monitor, plan = start(tmp_path)
+    (tmp_path / "timelines").write_text("")
+    monitor.timeline(1, measured(plan))
+    log(monitor, 1)
+    monitor.close()
+    output = capsys.readouterr().out
+    assert "warning: no timeline of step 1: " in output, output
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1

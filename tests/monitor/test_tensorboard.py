@@ -11,6 +11,7 @@ from matplotlib.image import imsave
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from dist_mtp.monitor.tags import SCALED_TAGS, STEP_SHARE_TAGS, TAGS, chart_layout, scalars
@@ -25,6 +26,8 @@ ROW = {
     "eval_loss_mtp_2": 4.875, "eval_accept_mtp_1": 0.625, "eval_accept_mtp_2": 0.3125, "eval_bits_per_byte": 2.25,
     "load_violation_layer_1": 1.5, "load_violation_layer_10": 2.5, "loss_seq_aux": 1.125, "loss_global_aux": 1.0625,
     "loss_z": 7.5, "all_to_all_bytes": 1.5 * 2**20, "all_to_all_wait_s": 0.125, "dropped_share": 0.0078125,
+    "bubble": 0.25, "bubble_plan": 0.125, "p2p_wait_s": 0.375, "stage_0_busy_share": 0.5, "stage_13_busy_share": 0.75,
+    "memory_rank_0_gib": 1.25, "memory_rank_11_gib": 0.75,
     "fp8_underflow_experts_input": 0.03125, "fp8_underflow_mtp_projection_weight": 0.0625, "fp8_saturation_experts_grad": 0.5,
     "fp8_error_attention_grad": 0.25, "fp8_error_attention_input": 0.5, "fp8_error_attention_weight": 0.75,
     "fp8_underflow_experts_grad": 0.125, "fp8_scale_min_experts_grad": 2**-20, "fp8_scale_max_experts_grad": 2.0,
@@ -41,6 +44,9 @@ EXPECTED = {
     "progress/tokens": 512, "moe/load_violation/layer_01": 1.5, "moe/load_violation/layer_10": 2.5,
     "moe/loss_seq_aux": 1.125, "moe/loss_global_aux": 1.0625, "moe/loss_z": 7.5, "moe/all_to_all_mib": 1.5,
     "moe/all_to_all_wait_pct": 25.0, "moe/dropped_pct": 0.78125,
+    "pipeline/bubble_pct_measured": 25.0, "pipeline/bubble_pct_theory": 12.5, "pipeline/p2p_wait_s": 0.375,
+    "pipeline/stage_0_busy_pct": 50.0, "pipeline/stage_13_busy_pct": 75.0,
+    "memory/rank_0_gib": 1.25, "memory/rank_11_gib": 0.75,
     "fp8/underflow_pct/experts_input": 3.125, "fp8/underflow_pct/mtp_projection_weight": 6.25,
     "fp8/underflow_pct/experts_grad": 12.5, "fp8/saturation_pct/experts_grad": 50.0,
     "fp8/error_pct/attention_grad": 25.0, "fp8/error_pct/attention_input": 50.0, "fp8/error_pct/attention_weight": 75.0,
@@ -55,8 +61,10 @@ def start(folder, report=pytest.fail, purge_step=None):
         folder,
         num_depths=NUM_DEPTHS,
         has_experts=True,
+        aux_losses=True,
         ep=2,
         fp8=True,
+        timelines=True,
         config_text="model:\n  name: tiny",
         plan_text="stage 0: embedding",
         hparams={"optim.lr": 0.1, "model.name": "tiny", "parallel.dp": None, "debug.dump_steps": (1, 2)},
@@ -82,6 +90,8 @@ def events(tmp_path_factory):
     board.write(ROW)
     imsave(folder / "plan.png", np.zeros((4, 6, 3)))
     board.add_image("plan", folder / "plan.png")
+    for step in (5, 100):
+        board.add_image("timeline/measured", folder / "plan.png", step)
     board.close()
     board.close()
     assert not [path for path in folder.iterdir() if path.is_dir()], "a sub-run folder would show as a second run"
@@ -111,7 +121,7 @@ def test_all_depths_share_one_chart(events):
     config = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     layout = layout_pb2.Layout.FromString(config)
     titles = {category.title for category in layout.category}
-    assert titles == {"Loss", "MTP", "Throughput", "MoE", "FP8"}, titles
+    assert titles == {"Loss", "MTP", "MoE", "Pipeline", "Throughput", "Memory", "FP8"}, titles
     charts = [chart for category in layout.category for chart in category.chart]
     loss_charts = [list(chart.multiline.tag) for chart in charts if "loss/main" in chart.multiline.tag]
     assert loss_charts == [["loss/main", "loss/mtp_1", "loss/mtp_2"]], loss_charts
@@ -128,7 +138,7 @@ def charted(tags, chart):
 
 def test_layers_share_one_chart_and_so_do_auxiliary_losses():
     """A model with 58 MoE layers must not need 58 charts, and the balance of no layer may be missing from the one."""
-    charts = chart_layout(1, has_experts=True, ep=1, fp8=False)["MoE"]
+    charts = layout(aux_losses=True)["MoE"]
     layers = {f"moe/load_violation/layer_{layer:02d}" for layer in range(3, 62)}
     drawn = charted(layers | EXPECTED.keys(), charts["largest load over the mean load, minus 1"])
     expected = {"moe/load_max_violation", "moe/load_violation/layer_01"} | layers
@@ -137,12 +147,35 @@ def test_layers_share_one_chart_and_so_do_auxiliary_losses():
     assert drawn == {"moe/loss_seq_aux", "moe/loss_global_aux", "moe/loss_z"}, drawn
 
 
+def layout(**settings):
+    """Of a model of one depth with experts, if ``settings`` do not say otherwise."""
+    usual = {"has_experts": True, "aux_losses": False, "ep": 1, "fp8": False, "timelines": False}
+    return chart_layout(1, **(usual | settings))
+
+
 def test_charts_are_those_the_run_fills():
     """Empty charts: none of experts for a dense model, none of the all-to-all where no rank shares its experts."""
-    assert not {"MoE", "FP8"} & chart_layout(1, has_experts=False, ep=1, fp8=False).keys()
-    alone, shared = (chart_layout(1, has_experts=True, ep=ep, fp8=False)["MoE"] for ep in (1, 2))
-    added = [tag for title in shared.keys() - alone.keys() for tag in shared[title][1]]
-    assert sorted(added) == ["moe/all_to_all_mib", "moe/all_to_all_wait_pct"], added
+    assert layout(has_experts=False).keys() == {"Loss", "MTP", "Throughput", "Memory"}
+    added = layout(fp8=True, timelines=True).keys() - layout().keys()
+    assert added == {"FP8", "Pipeline"}, added
+    usual = layout()["MoE"]
+    for setting, expected in (
+        ({"ep": 2}, ["moe/all_to_all_mib", "moe/all_to_all_wait_pct"]),
+        ({"aux_losses": True}, ["moe/loss_.*"]),
+    ):
+        charts = layout(**setting)["MoE"]
+        tags = [tag for title in charts.keys() - usual.keys() for tag in charts[title][1]]
+        assert sorted(tags) == expected, f"{setting}: {tags}"
+
+
+def test_stages_share_one_chart_and_so_do_ranks():
+    """Every stage and every pipeline rank has a line, and the peak over all ranks is not drawn as one more rank."""
+    charts = layout(timelines=True)
+    drawn = charted(EXPECTED, charts["Pipeline"]["time in which a stage is computed, %"])
+    assert drawn == {"pipeline/stage_0_busy_pct", "pipeline/stage_13_busy_pct"}, drawn
+    (chart,) = charts["Memory"].values()
+    drawn = charted(EXPECTED, chart)
+    assert drawn == {"memory/rank_0_gib", "memory/rank_11_gib"}, drawn
 
 
 def test_histograms_show_each_layers_spread_of_loads(tmp_path):
@@ -196,6 +229,12 @@ def test_plan_picture_keeps_its_size(events):
     assert (image.width, image.height) == (6, 4), f"{image.width}x{image.height}, expected 6x4"
 
 
+def test_timelines_stand_at_their_steps(events):
+    """The Images tab has a slider over the measured steps."""
+    steps = [image.step for image in events.Images("timeline/measured")]
+    assert steps == [5, 100], steps
+
+
 def test_hparams_stand_in_the_runs_own_folder(events):
     """The HParams tab lists the run from its start, with settings by value and as strings where they are no scalars."""
     start_info = metadata.parse_session_start_info_plugin_data(
@@ -209,8 +248,11 @@ def test_hparams_stand_in_the_runs_own_folder(events):
     assert columns <= EXPECTED.keys(), f"columns that no scalar fills: {columns - EXPECTED.keys()}"
 
 
-def test_resume_hides_the_steps_that_are_trained_again(tmp_path):
+def test_resume_hides_the_steps_that_are_trained_again(tmp_path, monkeypatch):
     """After a resume from step 2, step 3 has the new value only; without the purge it would have two points."""
+    # Files of one process and second are read in the order of this counter's digits, in which 10 comes before 9. A real
+    # resume is another process, later.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     board = start(tmp_path)
     for step in (1, 2, 3):
         board.write({"step": step, "loss": float(step)})

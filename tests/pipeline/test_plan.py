@@ -47,7 +47,7 @@ class TestJson:
             assert json.loads(json.dumps(content)) == content, "not plain JSON"
             assert list(content) == [
                 *("pp", "dp", "ep", "placement", "schedule", "micro_batches", "stages", "predicted", "bound"),
-                *("experts", "ranks"),
+                *("experts", "ranks", "nodes"),
             ]
             assert {tuple(stage) for stage in content["stages"]} == {
                 ("index", "rank", "units", "time_f", "time_i", "time_w", "params")

@@ -1,0 +1,58 @@
+"""What a check found, and how findings are shown."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["ok", "note", "warning", "error"]
+"""``note``: nothing to fix, but good to know. ``error``: training would fail."""
+
+_COMMAND_TIMEOUT_S = 10.0
+_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    """What was checked."""
+    level: Level
+    what: str
+    """Was found."""
+    fix: str = ""
+    """What to do; empty where there is nothing to do."""
+
+
+def table(findings: Sequence[Finding]) -> list[str]:
+    """Findings in columns, long texts wrapped, each fix on a line of its own; the last line counts problems."""
+    names = max((len(finding.name) for finding in findings), default=0)
+    indent = " " * (names + 11)  # the longest level has 7 letters, and columns are 2 apart
+    lines = []
+    for finding in findings:
+        start = f"{finding.name:<{names}}  {finding.level:<7}  "
+        lines += textwrap.wrap(start + finding.what, _WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+        if finding.fix:
+            fix = f"{indent}fix: {finding.fix}"
+            lines += textwrap.wrap(fix, _WIDTH, subsequent_indent=indent + "     ", break_on_hyphens=False)
+    errors = sum(finding.level == "error" for finding in findings)
+    warnings = sum(finding.level == "warning" for finding in findings)
+    return [
+        *lines,
+        "",
+        f"{errors} {'problem' if errors == 1 else 'problems'}, {warnings} warning{'s' * (warnings != 1)}",
+    ]
+
+
+def output_of(*command: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str | None:
+    """Standard output of a program; None if it is not installed, fails or hangs."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s)
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout if done.returncode == 0 else None
