@@ -88,7 +88,9 @@ def run_node(node: Node) -> int:
     with _signals(_raise_stopped):
         try:
             roll_call = _open_roll_call(node)
-            membership.join(_announcement(node), node.config.launcher.join_timeout_s)
+            # The ranks meet where the launchers did: that node is the first, whoever announces itself before.
+            wanted_rank = node.node_rank if roll_call is None else 0
+            membership.join(_announcement(node, wanted_rank), node.config.launcher.join_timeout_s)
             if roll_call is not None:
                 _start_all(node, roll_call)
             assignment = membership.wait_for_start()
@@ -153,13 +155,13 @@ def _open_roll_call(node: Node) -> RollCall | None:
         ) from error
 
 
-def _announcement(node: Node) -> dict[str, Any]:
+def _announcement(node: Node, wanted_rank: int | None) -> dict[str, Any]:
     facts = node_facts(None, None)
     return {
         "run": node.config.run_dir,
         "token": node.token,
         "host": socket.gethostname(),
-        "node_rank": node.node_rank,
+        "node_rank": wanted_rank,
         "ranks": node.ranks,
         "facts": facts,
         "config_hash": config_hash(settled(node.config, node.nodes)),

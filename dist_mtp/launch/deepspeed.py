@@ -69,7 +69,8 @@ def check(config: Config, cluster: Cluster, environment: Mapping[str, str]) -> N
 
 
 def check_nodes(config: Config, cluster: Cluster) -> None:
-    """Ask every host whether it is there and like the others, and sees the run folder; the folder must exist.
+    """Ask every host whether it is there and like the others, and sees the run folder, which must exist, and the first one
+    whether the port is free where the ranks will meet.
 
     Raises:
         ConfigError: names the hosts, both values and the fix.
@@ -80,11 +81,18 @@ def check_nodes(config: Config, cluster: Cluster) -> None:
     proof = token_file(config.run_dir, token)
     proof.touch()
     try:
-        facts = gather_facts(cluster.hosts, config.launcher.ssh_config, str(Path(config.run_dir).absolute()), token)
+        folder, port = str(Path(config.run_dir).absolute()), endpoint(config, cluster)[1]
+        facts = gather_facts(cluster.hosts, config.launcher.ssh_config, folder, token, port)
     finally:
         proof.unlink()
     if problems := compare_facts(facts):
         raise ConfigError("; ".join(problems))
+    if facts[cluster.hosts[0]]["port_free"] is False:
+        # DeepSpeed would start all ranks, and those on the other nodes would wait for an answer from who has the port.
+        raise ConfigError(
+            f"port {port} of {cluster.hosts[0]}, where the ranks shall meet, is in use: end the program that has it, or choose "
+            f"another with launcher.rendezvous={endpoint(config, cluster)[0]}:PORT"
+        )
 
 
 def command(config: Config, cluster: Cluster, corpus: Path) -> list[str]:

@@ -38,16 +38,18 @@ _NAMES = {"dist_mtp": "version of dist_mtp", "code": "dist_mtp's own code (SHA-2
 _SHOWN_DIGITS = 12
 
 
-def node_facts(run_dir: str | None = None, token: str | None = None) -> dict[str, Fact]:
+def node_facts(run_dir: str | None = None, token: str | None = None, port: int | None = None) -> dict[str, Fact]:
     """Facts of this node.
 
     Args:
         run_dir: folder in which another node has written :func:`token_file`.
         token: letters and digits that no other run uses.
+        port: that is wanted on this node.
 
     Returns:
         ``host``, ``time`` (seconds since 1970), ``python`` (major and minor), ``dist_mtp``, ``code``, versions of packages
-        (None: not installed) and ``token_visible`` (None: there was no token to look for).
+        (None: not installed), ``token_visible`` (None: there was no token to look for) and ``port_free`` (None: no port is
+        wanted).
     """
     visible = None if run_dir is None or token is None else token_file(run_dir, token).is_file()
     return {
@@ -59,6 +61,7 @@ def node_facts(run_dir: str | None = None, token: str | None = None) -> dict[str
         "deepspeed": installed_version("deepspeed"),
         "numpy": installed_version("numpy"),
         "token_visible": visible,
+        "port_free": None if port is None else is_free(port),
         "time": time.time(),  # last: nothing slow stands between it and the answer
     }
 
@@ -113,6 +116,15 @@ def code_digest(package: Path) -> str:
     return digest.hexdigest()
 
 
+def is_free(port: int) -> bool:
+    """Whether a program could listen on ``port`` of this machine now."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        return False
+    return True
+
+
 def installed_version(package: str) -> str | None:
     """Version of an installed package, which is not imported."""
     try:
@@ -122,12 +134,13 @@ def installed_version(package: str) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """``python -m dist_mtp.launch.facts [--run-dir FOLDER --token TOKEN]``."""
+    """``python -m dist_mtp.launch.facts [--run-dir FOLDER --token TOKEN] [--port PORT]``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir")
     parser.add_argument("--token")
+    parser.add_argument("--port", type=int)
     parsed = parser.parse_args(arguments)
-    print(json.dumps(node_facts(parsed.run_dir, parsed.token)))
+    print(json.dumps(node_facts(parsed.run_dir, parsed.token, parsed.port)))
     return 0
 
 

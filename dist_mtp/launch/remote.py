@@ -43,9 +43,16 @@ def remote_line(argv: Sequence[str]) -> str:
 
 
 def gather_facts(
-    hosts: Sequence[str], config_file: str | None, run_dir: str | None = None, token: str | None = None
+    hosts: Sequence[str],
+    config_file: str | None,
+    run_dir: str | None = None,
+    token: str | None = None,
+    port: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What :func:`~dist_mtp.launch.facts.node_facts` says on each host, asked at the same time.
+
+    Args:
+        port: that is wanted on the first host.
 
     Raises:
         ConfigError: names every host that was not reached or could not answer, with what ssh said.
@@ -55,7 +62,8 @@ def gather_facts(
     argv += ["--token", token] if token is not None else []
 
     def ask(host: str) -> dict[str, Any] | str:
-        command = ssh_command(host, config_file, argv)
+        wanted = ["--port", str(port)] if port is not None and host == hosts[0] else []
+        command = ssh_command(host, config_file, [*argv, *wanted])
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=2 * CONNECT_S

@@ -236,15 +236,15 @@ class RollCall:
             member.connection.send(kind, **self.verdict)
 
     def _note_silence(self) -> None:
-        for member in self.members:
-            silent_s = time.monotonic() - member.heard
-            if member.report is None and silent_s > self._node_timeout_s:
-                first = self.members[0]
-                text = (
-                    f"no sign of life from {member.name} for {silent_s:.0f} s: the link between {first.host} and "
-                    f"{member.host} is broken, or {member.host} is down"
-                )
-                member.report = {"code": EXIT_RANK_FAILURE, "message": text, "blame": 0}
+        now = time.monotonic()
+        waiting = [member for member in self.members if member.report is None]
+        if all(now - member.heard <= self._node_timeout_s for member in waiting):
+            return
+        # What broke for all of them at once is noticed in the rhythm of each one's beats.
+        silent = [member for member in waiting if now - member.heard > self._node_timeout_s - 1.5 * BEAT_S]
+        text = _explain_silence(silent, self.members, now - min(member.heard for member in silent))
+        for member in silent:
+            member.report = {"code": EXIT_RANK_FAILURE, "message": text, "blame": 0}
 
     def _judge(self) -> Message | None:
         """The run's end, once it is clear."""
@@ -253,13 +253,24 @@ class RollCall:
         if failures:
             if self._first_failure is None:
                 self._first_failure = time.monotonic()
-            settled = time.monotonic() - self._first_failure > SETTLE_S or len(reports) == len(self.members)
             cause = min(failures, key=lambda report: report["blame"])
+            everybody = len(reports) == len(self.members)
+            settled = cause["blame"] == 0 or everybody or time.monotonic() - self._first_failure > SETTLE_S
             return {"code": cause["code"], "message": cause["message"]} if settled else None
         if len(reports) < len(self.members):
             return None
         code = min((report["code"] for report in reports if report["code"]), default=EXIT_DONE)
         return {"code": code, "message": next((r["message"] for r in reports if r["code"] == code), "")}
+
+
+def _explain_silence(silent: Sequence[Member], members: Sequence[Member], silent_s: float) -> str:
+    first, others = members[0], members[1:]
+    if len(silent) == len(others) > 1:
+        return f"no sign of life from any of the {len(others)} other nodes for {silent_s:.0f} s: the link of {first.host} is broken"
+    names = ", ".join(member.name for member in silent)
+    hosts = ", ".join(member.host for member in silent)
+    are = "is" if len(silent) == 1 else "are"
+    return f"no sign of life from {names} for {silent_s:.0f} s: the link between {first.host} and {hosts} is broken, or {hosts} {are} down"
 
 
 def _in_order(members: Sequence[Member]) -> list[Member]:

@@ -24,6 +24,9 @@ from dist_mtp.pipeline.timeline import MeasuredTimeline
 
 Metrics = dict[str, float]
 
+_NO_HPARAMS = frozenset({"run.dir", "run.name"})
+"""They differ in any two runs, and TensorBoard names runs by their folders."""
+
 
 class Monitor:
     """Hears everything and says nothing."""
@@ -87,7 +90,7 @@ class RunMonitor(Monitor):
                 timelines=config.monitor.timeline_every > 0,
                 config_text=yaml.safe_dump(to_dict(config), sort_keys=False),
                 plan_text=plan_text,
-                hparams=_flat(to_dict(config)),
+                hparams={key: value for key, value in _flat(to_dict(config)).items() if key not in _NO_HPARAMS},
                 purge_step=resume_step + 1 if resume_step else None,
                 report=self.warn,
             )

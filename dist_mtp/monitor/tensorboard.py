@@ -67,7 +67,7 @@ class TensorBoard:
             writer.add_custom_scalars(layout)
             writer.add_text("config", _preformatted(config_text), start)
             writer.add_text("plan", _preformatted(plan_text), start)
-            _write_hparams(writer, hparams, num_depths)
+            _write_hparams(writer, hparams)
             writer.flush()
 
         try:
@@ -135,19 +135,19 @@ def _preformatted(text: str) -> str:
     return f"```\n{text}\n```"
 
 
-def _write_hparams(writer: SummaryWriter, hparams: Mapping[str, Any], num_depths: int) -> None:
+def _write_hparams(writer: SummaryWriter, hparams: Mapping[str, Any]) -> None:
     """Put the run on the HParams tab under its own folder, from its start, so that crashed sweep points show too.
 
-    ``SummaryWriter.add_hparams`` would make a time-stamped sub-run instead. The third summary, the session's end, is
-    left out: torch's always says success. ``result.json`` says how a run ended.
+    ``SummaryWriter.add_hparams`` would make a time-stamped sub-run instead. Of its three summaries two are left out. The
+    experiment's would fix the table's columns to this run's: without it TensorBoard compares all runs, and shows first the
+    settings in which they differ, and every scalar is a column to choose. The session's end always says success;
+    ``result.json`` says how a run ended.
     """
     shown = {
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
         for key, value in hparams.items()
         if value is not None
     }
-    columns = ["loss/main", "eval/loss_main", *(f"mtp/accept_rate_{k}" for k in range(1, num_depths + 1))]
-    experiment, session_start, _ = hparams_summaries(shown, dict.fromkeys(columns, 0.0))
+    _, session_start, _ = hparams_summaries(shown, {})
     file_writer: Any = writer.file_writer  # torch annotates it as None, which it is only after close()
-    for summary in (experiment, session_start):
-        file_writer.add_summary(summary)
+    file_writer.add_summary(session_start)

@@ -242,10 +242,8 @@ def test_hparams_stand_in_the_runs_own_folder(events):
     ).hparams
     read = {key: start_info[key].number_value or start_info[key].string_value for key in start_info}
     assert read == {"optim.lr": 0.1, "model.name": "tiny", "debug.dump_steps": "(1, 2)"}, read
-    experiment = metadata.parse_experiment_plugin_data(plugin_content(events, metadata.EXPERIMENT_TAG))
-    columns = {info.name.tag for info in experiment.metric_infos}
-    assert "loss/main" in columns, columns
-    assert columns <= EXPECTED.keys(), f"columns that no scalar fills: {columns - EXPECTED.keys()}"
+    with pytest.raises(KeyError):  # it would fix the table's columns for all runs
+        events.SummaryMetadata(metadata.EXPERIMENT_TAG)
 
 
 def test_resume_hides_the_steps_that_are_trained_again(tmp_path, monkeypatch):
