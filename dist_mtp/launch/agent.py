@@ -205,7 +205,7 @@ def _run(node: Node, place: Place, assignment: dict[str, Any]) -> Outcome:
     try:
         return run_ranks(config, arguments, place)
     except Exception as error:  # the rendezvous of torchrun: another node did not come
-        return Outcome(EXIT_RANK_FAILURE, f"the ranks of {socket.gethostname()} could not be started: {error}", blame=3)
+        return Outcome(EXIT_RANK_FAILURE, f"the ranks of {socket.gethostname()} could not be started: {error}", blame=4)
 
 
 def _end_ranks(ended: threading.Event, code: int) -> None:

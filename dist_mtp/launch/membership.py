@@ -100,7 +100,7 @@ class Membership:
         """Report how this node's ranks ended and wait for the run's verdict: ``code`` and ``message``."""
         assert self._connection is not None, "join() comes first"
         if blame > 0 and not self._decided.is_set() and (unreachable := self.unreachable()):
-            message += f"; {', '.join(unreachable)}"
+            message, blame = f"{message}; {', '.join(unreachable)}", min(blame, 2)
         self._connection.send("ended", code=code, message=message, blame=blame)
         # The others may be at work for as long as they like: their launchers show signs of life until they have ended.
         self._decided.wait()

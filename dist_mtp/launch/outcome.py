@@ -40,7 +40,8 @@ class Outcome:
     """For people; empty when there is nothing to say, or a rank has said it."""
     blame: int = 0
     """Which of several nodes' ends is the cause of the others: the least. 0: a rank said why it ended or was refused, 1: it
-    was killed from outside, 2: it failed, 3: it was stopped because of another."""
+    was killed from outside, 2: it failed and another node cannot be reached, 3: it failed, 4: it was stopped because of
+    another."""
 
 
 def training_began(config: Config) -> int | None:
@@ -77,7 +78,7 @@ def explain_stop(config: Config, stopped_by: signal.Signals, *, trained: bool) -
 def _explain_no_result(code: int, *, trained: bool) -> Outcome:
     if trained:
         text = "the run was stopped by a signal, but a rank died or hung before a checkpoint was committed"
-        return Outcome(EXIT_RANK_FAILURE, text, blame=2)
+        return Outcome(EXIT_RANK_FAILURE, text, blame=3)
     return Outcome(code, "stopped by a signal before training began: there was nothing to save")
 
 
@@ -128,7 +129,7 @@ def _blame(exit_code: int) -> int:
         return 0
     if exit_code < 0 and exit_code != -signal.SIGTERM:
         return 1
-    return 2 if exit_code > 0 else 3
+    return 3 if exit_code > 0 else 4
 
 
 def _waited_in(config: Config, rank: int) -> str:

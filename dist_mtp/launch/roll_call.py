@@ -225,8 +225,8 @@ class RollCall:
         """Beats, silence and reports until every node has ended; then says so to all."""
         while self.verdict is None:
             for member in self.members:
-                if member.report is None:
-                    member.connection.send("beat")
+                # Also to those that have ended: they wait for the verdict, and the others may be saving for long.
+                member.connection.send("beat")
             with self._changed:
                 self._changed.wait(BEAT_S if self._first_failure is None else 0.2)
                 self._note_silence()

@@ -75,6 +75,11 @@ class Page:
             time.sleep(0.1)
         return result
 
+    def resize(self, width: int, height: int) -> None:
+        """Make the visible part of the page that many pixels large."""
+        frame = self.script("return [outerWidth - innerWidth, outerHeight - innerHeight]")
+        self._post("window/rect", {"width": width + frame[0], "height": height + frame[1]})
+
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(call("GET", f"{self._url}/screenshot")))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ return shown('tf-text-loader').map(card => [card.run, card.tag, deep(card.shadow
 _CELLS = "return shown('vaadin-grid-cell-content').map(cell => cell.innerText.trim()).filter(text => text);"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Chart:
     category: str
     title: str
@@ -87,9 +88,18 @@ class TensorBoardPage:
         self.page, self._address = page, address
 
     def open(self, tab: str) -> None:
-        """Charts without smoothing, which would draw a second line for each, and with every point in the picture."""
+        """Charts without smoothing, which would draw a second line for each."""
         self.page.open("about:blank")  # a change after the # alone would keep what other tabs have loaded
-        self.page.open(f"{self._address}/#{tab}&_smoothingWeight=0&_ignoreYOutliers=false")
+        self.page.open(f"{self._address}/#{tab}&_smoothingWeight=0")
+
+    def keep_outliers(self) -> None:
+        """From the next tab on charts show every point; TensorBoard's default cuts the largest and smallest off."""
+        self.page.open(self._address)
+        self.page.script("localStorage.setItem('_ignoreYOutliers', 'false')")
+
+    def act(self, selector: str, place: int, call: str) -> None:
+        """Call a method of the ``place``-th visible element that the selector matches."""
+        self.page.script(f"{_DEEP} shown(arguments[0])[arguments[1]].{call};", selector, place)
 
     def charts(self, reached: Callable[[list[Chart]], bool]) -> list[Chart]:
         """Those of the Custom Scalars tab, as soon as ``reached`` says so, or as they are when the time is up."""
@@ -115,7 +125,7 @@ class TensorBoardPage:
 
         def table(cells: list[str]) -> list[list[str]]:
             ends = [i for i, cell in enumerate(cells) if cell.endswith("tensorboard")] + [len(cells)]
-            return [cells[: ends[0]], *(cells[start:end] for start, end in zip(ends, ends[1:], strict=False))]
+            return [cells[: ends[0]], *(cells[start:end] for start, end in itertools.pairwise(ends))]
 
         return table(self._read(_CELLS, lambda found: len(table(found)) > rows))
 
