@@ -156,15 +156,17 @@ def _open_roll_call(node: Node) -> RollCall | None:
 
 
 def _announcement(node: Node, wanted_rank: int | None) -> dict[str, Any]:
-    facts = node_facts(None, None)
+    config = settled(node.config, node.nodes)
+    # Nodes may know the first one by different names.
+    config = dataclasses.replace(config, launcher=dataclasses.replace(config.launcher, rendezvous=None))
     return {
         "run": node.config.run_dir,
         "token": node.token,
         "host": socket.gethostname(),
         "node_rank": wanted_rank,
         "ranks": node.ranks,
-        "facts": facts,
-        "config_hash": config_hash(settled(node.config, node.nodes)),
+        "facts": node_facts(),
+        "config_hash": config_hash(config),
     }
 
 

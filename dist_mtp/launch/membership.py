@@ -14,6 +14,8 @@ from dist_mtp.errors import EXIT_RANK_FAILURE, ConfigError, DistMtpError
 from dist_mtp.launch.messages import Connection, Message, connect
 from dist_mtp.launch.roll_call import BEAT_S, SETTLE_S
 
+NAME_S = 10.0
+"""Names of machines that have just been started, as by Kubernetes, become known this late."""
 PROBE_TIMEOUT_S = 3.0
 MAX_PROBES = 64
 """Nodes that are tried when something broke; more would say the same."""
@@ -57,12 +59,16 @@ class Membership:
             ConfigError: nobody was there within ``timeout_s``, or the roll call does not want this node.
         """
         host, port = self._endpoint
-        deadline = time.monotonic() + timeout_s
+        began = time.monotonic()
+        deadline = began + timeout_s
         while True:
             try:
                 self._connection = connect(host, port, timeout_s=min(5.0, max(0.1, deadline - time.monotonic())))
                 break
             except socket.gaierror as error:
+                if time.monotonic() < min(deadline, began + NAME_S):
+                    time.sleep(0.25)
+                    continue
                 raise ConfigError(
                     f"launcher.rendezvous={host}:{port}: the name {host} is not known on {socket.gethostname()} "
                     f"({error.strerror}): correct it, or give an address"

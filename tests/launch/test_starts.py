@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,6 +25,8 @@ from dist_mtp.monitor.metrics import comparable
 from dist_mtp.monitor.result import read_result
 
 STEPS = 4
+ORPHAN_S = 20.0
+"""Ranks whose launcher is gone end when they notice that their peers are."""
 LAYOUT = ("parallel.pp=2", "parallel.dp=2", "parallel.ep=2", f"train.steps={STEPS}")
 
 
@@ -74,7 +77,7 @@ def test_every_way_gives_the_same_numbers(way: str, runs: Runs) -> None:
 
 @contextmanager
 def two_nodes(folder: Path, *more: str) -> Iterator[tuple[Running, Running]]:
-    """The same command twice: two nodes of two ranks each. Ranks find nobody else at 127.0.0.1."""
+    """The same command twice: two nodes of two ranks each, which know the first one by different names."""
     where = ["launcher=torchrun", "launcher.nodes=2", f"launcher.rendezvous=127.0.0.1:{free_port()}"]
     command = launches.dist_mtp(*overrides(folder, "run", *LAYOUT, *where, "launcher.ranks_per_node=2", *more))
     for name in ("run", "other"):
@@ -82,7 +85,8 @@ def two_nodes(folder: Path, *more: str) -> Iterator[tuple[Running, Running]]:
     nodes: list[Running] = []
     try:
         nodes.append(Running([*command, "launcher.node_rank=0"], folder / "run"))
-        nodes.append(Running([*command, "launcher.node_rank=1"], folder / "other"))
+        other = [word.replace("rendezvous=127.0.0.1", "rendezvous=localhost") for word in command]
+        nodes.append(Running([*other, "launcher.node_rank=1"], folder / "other"))
         yield nodes[0], nodes[1]
     finally:
         for pid in processes_of(folder / "run"):
@@ -93,7 +97,10 @@ def two_nodes(folder: Path, *more: str) -> Iterator[tuple[Running, Running]]:
 
 def end_both(first: Running, second: Running) -> list[int]:
     codes = [node.process.wait(60) for node in (first, second)]
-    assert processes_of(first.folder) == [], "something of the run is still alive"
+    deadline = time.monotonic() + ORPHAN_S
+    while left := processes_of(first.folder):
+        assert time.monotonic() < deadline, f"{left} of the run are still alive"
+        time.sleep(0.1)
     return codes
 
 

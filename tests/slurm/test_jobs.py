@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from dist_mtp.monitor.result import read_result
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
+TEMPLATE = Path(__file__).resolve().parents[2] / "launchers" / "slurm.sbatch"
 JOB_S = 120.0
 """Of one job, its wait in the queue included; 15 s on an idle machine."""
 
@@ -74,6 +76,24 @@ class TestJob:
         assert got == expected, f"the job measured {got[-1]}, the local run {expected[-1]}"
         output = next((tmp_path / "job" / "logs").glob("slurm-*.out")).read_text()
         assert "2 ranks on 2 nodes" in output, output
+
+    def test_the_template_trains(self, cluster: SlurmCluster, tmp_path: Path) -> None:
+        options = ["--gpus-per-node=0", "--cpus-per-task=1", "--time=10", f"--output={tmp_path}/slurm-template.out"]
+        arguments = overrides(tmp_path, "template", "parallel.pp=2", "device=cpu", "train.steps=2")
+        environment = {"NPROC": "1", "PATH": f"{launches.BIN}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["sbatch", "--wait", *options, str(TEMPLATE), *arguments],
+            env=cluster.environment | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=JOB_S,
+        )
+        output = (tmp_path / "slurm-template.out").read_text() if done.returncode else ""
+        assert done.returncode == EXIT_DONE, f"exited {done.returncode}: {done.stderr}\n{output}"
+        result = read_result(tmp_path / "template")
+        assert result is not None
+        assert result["status"] == "done", f"result.json says {result}"
 
     def test_slurms_signal_saves(self, cluster: SlurmCluster, tmp_path: Path) -> None:
         """As before the time limit: SIGTERM to the tasks and to what they started, the launchers and the ranks."""
