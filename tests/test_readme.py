@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_mtp.cli import plot
 from dist_mtp.cli.bench import BENCHMARKS
 from dist_mtp.cli.compose import compose
 from dist_mtp.cli.main import VERBS
@@ -19,7 +20,7 @@ from dist_mtp.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOREIGN = {"git", "cd", "python3", "pip", "source", "tensorboard"}
+FOREIGN = {"git", "cd", "python3", "pip", "source", "kubectl", "ssh", "tensorboard"}
 """Programs whose arguments are not ours to check."""
 
 
@@ -45,6 +46,9 @@ def check(command: str) -> None:
         check_ranks(arguments[arguments.index("dist_mtp.train") + 1 :], ranks)
     elif program == "deepspeed":
         check_ranks(arguments[arguments.index("dist_mtp.train") + 1 :], int(option(arguments, "--num_accelerators")))
+    elif program == "sbatch":
+        assert (ROOT / arguments[0]).is_file(), f"{arguments[0]} does not exist"
+        compose(arguments[1:])
     elif program == "python":
         assert (ROOT / arguments[0]).is_file(), f"{arguments[0]} does not exist"
     elif "/" in program:
@@ -62,6 +66,9 @@ def option(arguments: list[str], name: str, default: str | None = None) -> str:
 def check_dist_mtp(arguments: list[str]) -> None:
     verb, overrides = arguments[0], arguments[1:]
     assert verb in VERBS, f"dist-mtp has no verb {verb}"
+    if verb == "plot":
+        plot.parse(overrides)
+        return
     if verb == "bench":
         assert overrides.pop(0) in BENCHMARKS, f"dist-mtp bench has no {arguments[1]}"
     sweeps = "-m" in overrides
@@ -110,7 +117,7 @@ class TestCommands:
             "make train",
             "dist-mtp train",
             "torchrun --nproc-per-node 8",
-            "torchrun --nnodes 2",
+            "launcher=torchrun launcher.hosts=",
             "deepspeed ",
         ):
             assert start in text, f"README.md shows no '{start}' command"
