@@ -86,7 +86,8 @@ def prepare_job(config: Config) -> Job:
 
 
 def _checked(config: Config) -> tuple[Config, Config, Cluster | None]:
-    """The configuration with its nodes' addresses, the same resolved for the ranks, and the nodes.
+    """The configuration with its nodes' addresses, the same resolved for the ranks, and the nodes; None if
+    ranks run here only.
 
     Raises:
         ConfigError: it cannot work.
@@ -99,10 +100,10 @@ def _checked(config: Config) -> tuple[Config, Config, Cluster | None]:
         cluster = plan_cluster(config, gpus=len(visible_gpus()))
         config = addressed(config, cluster)
     resolved = resolve_for(config, cluster)
-    make_plan(
-        resolved
-    )  # each rank makes its own; here it refuses a layout that does not fit before anything is started
+    make_plan(resolved)  # ranks make their own; here it refuses a layout that does not fit before anything is started
     _check_resume(config)
+    if cluster is not None and config.launcher.name == "torchrun" and cluster.nodes == 1 and not cluster.hosts:
+        cluster = None  # nobody to meet: as the local launcher
     if cluster is None or not cluster.is_elsewhere:
         _check_device(resolved)
     if cluster is not None and config.launcher.name == "deepspeed":

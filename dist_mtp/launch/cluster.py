@@ -76,9 +76,8 @@ def plan_cluster(config: Config, *, gpus: int) -> Cluster:
 def addressed(config: Config, cluster: Cluster) -> Config:
     """With the hosts of ``launcher.hostfile`` and the default rendezvous written out, so that no node needs the file."""
     launcher = dataclasses.replace(config.launcher, nodes=cluster.nodes, hosts=cluster.hosts, hostfile=None)
-    if launcher.name == "torchrun" and launcher.rendezvous is None:
-        first = cluster.hosts[0] if cluster.hosts else "127.0.0.1"
-        launcher = dataclasses.replace(launcher, rendezvous=f"{first}:{DEFAULT_PORT}")
+    if launcher.name == "torchrun" and launcher.rendezvous is None and cluster.hosts:
+        launcher = dataclasses.replace(launcher, rendezvous=f"{cluster.hosts[0]}:{DEFAULT_PORT}")
     return dataclasses.replace(config, launcher=launcher)
 
 

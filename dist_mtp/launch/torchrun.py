@@ -50,7 +50,7 @@ def run(config: Config, cluster: Cluster) -> int:
         nodes=cluster.nodes,
         ranks=cluster.ranks_per_node,
         endpoint=endpoint(config, cluster),
-        node_rank=0 if cluster.nodes == 1 else config.launcher.node_rank,
+        node_rank=config.launcher.node_rank,
     )
     return run_node(node)
 
