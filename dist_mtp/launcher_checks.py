@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 29500
 
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?"
+_HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*")  # underscores stand in names that ssh's configuration file defines
+_PORT = re.compile(r"[0-9]{1,5}")
 _INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,31}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SET_HERE = {
@@ -27,6 +29,8 @@ _SET_HERE = {
     "OMP_NUM_THREADS",
 }
 """Variables that the launchers set, or that a key of their own sets."""
+_READ_AT_START = ("LD_", "PYTHON", "MALLOC_", "GLIBC_TUNABLES")
+"""Beginnings of names that Python and the C library look at once, before a rank has read its configuration."""
 
 
 def check_launcher(config: Config) -> None:
@@ -44,12 +48,14 @@ def check_launcher(config: Config) -> None:
         parse_endpoint(launcher.rendezvous)
     if launcher.interface is not None and not _INTERFACE.fullmatch(launcher.interface):
         raise ConfigError(
-            f"launcher.interface={launcher.interface!r} is not the name of a network interface, such as eth0"
+            f"launcher.interface={launcher.interface!r} is not the name of a network interface: write one such as eth0, or null"
         )
     for key in ("hostfile", "ssh_config"):
         path = getattr(launcher, key)
         if path is not None and (not path.isprintable() or path.startswith("-") or not path.strip()):
-            raise ConfigError(f"launcher.{key}={path!r} must be the path of a file")
+            raise ConfigError(
+                f"launcher.{key}={path!r} is not the path of a file: write one without control characters, ./ before a dash"
+            )
     for name, value in launcher.environment.items():
         _check_variable(name, value)
 
@@ -62,8 +68,8 @@ def check_host(host: str, where: str) -> None:
     """
     if len(host) > 253 or not _HOST.fullmatch(host):
         raise ConfigError(
-            f"{where}: {host!r} is not a host: letters, digits, dots and dashes, beginning with a letter or a digit (users, "
-            "ports and keys belong into ssh's configuration file)"
+            f"{where}: {host!r} is not a host: write letters, digits, dots, dashes and underscores, beginning with a letter or a digit "
+            "(users, ports and keys belong into ssh's configuration file)"
         )
 
 
@@ -77,8 +83,10 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     check_host(host, "launcher.rendezvous")
     if not colon:
         return host, DEFAULT_PORT
-    if not port.isdecimal() or not 1 <= int(port) <= 65535:
-        raise ConfigError(f"launcher.rendezvous={text}: {port!r} is not a port between 1 and 65535")
+    if not _PORT.fullmatch(port) or not 1 <= int(port) <= 65535:
+        raise ConfigError(
+            f"launcher.rendezvous={text!r} has port {port!r}: write HOST:PORT with a port from 1 to 65535"
+        )
     return host, int(port)
 
 
@@ -100,12 +108,20 @@ def check_value(name: str, value: str) -> None:
 
 def _check_variable(name: str, value: str) -> None:
     if not _VARIABLE.fullmatch(name):
-        raise ConfigError(f"launcher.environment: {name!r} is not the name of an environment variable")
+        raise ConfigError(
+            f"launcher.environment: {name!r} is not the name of an environment variable: write letters, digits and "
+            "underscores, beginning with no digit"
+        )
     if name in _SET_HERE:
         own = {"OMP_NUM_THREADS": "launcher.threads_per_rank"}.get(name)
         own = own or ("launcher.interface" if name.endswith("IFNAME") else None)
         raise ConfigError(
             f"launcher.environment sets {name}, which the launcher sets itself: {f'use {own}' if own else 'remove it'}"
+        )
+    if name.startswith(_READ_AT_START):
+        raise ConfigError(
+            f"launcher.environment sets {name}, which is read before a rank could set it: export it where ranks are started, "
+            "such as in ~/.bashrc of every node"
         )
     check_value(name, value)
 
@@ -139,9 +155,8 @@ def _check_fits_launcher(config: Config) -> None:
     """Keys that the chosen launcher would not look at are mistakes."""
     launcher, name = config.launcher, config.launcher.name
     named = bool(launcher.hosts) or launcher.hostfile is not None
-    if name in ("local", "none") and (
-        launcher.nodes > 1 or named or launcher.rendezvous or launcher.node_rank is not None
-    ):
+    among_nodes = launcher.node_rank is not None or launcher.min_nodes is not None
+    if name in ("local", "none") and (launcher.nodes > 1 or named or launcher.rendezvous or among_nodes):
         raise ConfigError(
             f"launcher={name} starts ranks on this machine only: for several nodes set launcher=torchrun, deepspeed or slurm"
         )
@@ -162,9 +177,9 @@ def _check_fits_launcher(config: Config) -> None:
         raise ConfigError(
             "launcher=deepspeed finds several nodes in launcher.hostfile: give that file, or launcher.hosts=[...]"
         )
-    if name == "deepspeed" and launcher.min_nodes is not None:
+    if name == "deepspeed" and among_nodes:
         raise ConfigError(
-            "launcher.min_nodes does not work with launcher=deepspeed, which needs all hosts: use torchrun or slurm"
+            "launcher.min_nodes and node_rank do not work with launcher=deepspeed, which starts all hosts: use torchrun"
         )
     if launcher.min_nodes is not None:
         if not named and launcher.min_nodes > launcher.nodes:

@@ -96,13 +96,13 @@ def take_run(board: TensorBoardPage) -> None:
     board.act("tf-category-paginated-view", 4, "scrollIntoView()")
     take(board, "custom_scalars_below")
     board.page.resize(1740, 1600)
-    board.images()
+    board.images(2)
     board.act("paper-checkbox", 0, "click()")  # "Show actual image size"
     take(board, "images")
     board.page.resize(1500, 1600)
-    board.histograms()
+    board.histograms(5)
     take(board, "histograms")
-    board.texts()
+    board.texts(2)
     take(board, "text")
 
 

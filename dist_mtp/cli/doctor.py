@@ -10,18 +10,24 @@ from pathlib import Path
 
 from dist_mtp.cli.compose import compose
 from dist_mtp.cli.gpus import visible_gpus
-from dist_mtp.config import Config, resolve
+from dist_mtp.config import Config
 from dist_mtp.config_checks import use_cuda_for
 from dist_mtp.data.tokenizers import tokenizer_vocab_size
-from dist_mtp.doctor.accelerators import accelerator_findings, listed_gpus
-from dist_mtp.doctor.all_reduce import check_all_reduce, check_torch_sees_gpus, try_all_reduce
-from dist_mtp.doctor.finding import Finding, table
+from dist_mtp.doctor.accelerators import accelerator_findings, adapter_ports, listed_gpus
+from dist_mtp.doctor.all_reduce import (
+    check_all_reduce,
+    check_deepspeed_imports,
+    check_torch_sees_gpus,
+    try_all_reduce,
+)
+from dist_mtp.doctor.finding import Finding, split_fix, table
 from dist_mtp.doctor.hosts import OWN_FINDINGS, host_findings
 from dist_mtp.doctor.network import network_findings
 from dist_mtp.doctor.software import software_findings
 from dist_mtp.doctor.system import existing_folder, system_findings
 from dist_mtp.errors import EXIT_CONFIG, EXIT_DONE, ConfigError
-from dist_mtp.launch.cluster import plan_cluster
+from dist_mtp.launch.agent import is_this_machine
+from dist_mtp.launch.cluster import Cluster, plan_cluster
 from dist_mtp.launch.hosts import named_nodes
 from dist_mtp.pipeline.costs import num_parameters
 
@@ -43,17 +49,19 @@ def main(arguments: list[str]) -> int:
 
 def own_findings(config: Config) -> list[Finding]:
     """Of this machine."""
-    launcher, gpus = config.launcher, len(visible_gpus())
-    several_nodes = launcher.nodes > 1 or bool(launcher.hosts) or launcher.hostfile is not None
-    ranks, problem = _ranks_here(config, gpus, several_nodes=several_nodes)
+    gpus, listed = len(visible_gpus()), listed_gpus()
+    several_nodes = config.launcher.nodes > 1 or bool(_named(config))
+    cluster, problem = _cluster(config, gpus) if several_nodes else (None, [])
+    ranks = cluster.ranks_per_node if cluster is not None else config.world_size
     on_cpu = not gpus or config.device == "cpu" or not _would_use_gpus(config, ranks, gpus)
-    accelerators = accelerator_findings(ranks, config.device, several_nodes=several_nodes)
-    has_infiniband = any(finding.name == "InfiniBand" and finding.level == "ok" for finding in accelerators)
+    ports = adapter_ports()
     return [
         *software_findings(config),
-        *accelerators,
-        *_exchange(gpus, config.device),
-        *network_findings(launcher, several_nodes=several_nodes),
+        *accelerator_findings(ranks, gpus, listed, config.device, ports, several_nodes=several_nodes),
+        *_exchange(config, gpus, listed),
+        *network_findings(
+            config.launcher, several_nodes=several_nodes, nodes_meet_here=several_nodes and _meet_here(config)
+        ),
         *problem,
         *system_findings(
             config,
@@ -61,42 +69,58 @@ def own_findings(config: Config) -> list[Finding]:
             _checkpoint_bytes(config),
             on_cpu=on_cpu,
             several_nodes=several_nodes,
-            has_infiniband=has_infiniband,
+            has_infiniband=any(port.is_active for port in ports),
         ),
     ]
 
 
 def _others(config: Config, overrides: Sequence[str]) -> list[Finding]:
     """Of the named hosts that are not this machine."""
-    from dist_mtp.launch.agent import is_this_machine
-
-    nodes = named_nodes(config.launcher.hosts, config.launcher.hostfile)
-    hosts = [node.host for node in nodes if not is_this_machine(node.host)]
-    if not hosts:
+    hosts = _named(config)
+    others = [host for host in hosts if not is_this_machine(host)]
+    if not others:
         return []
-    return host_findings(hosts, config.launcher.ssh_config, existing_folder(Path(config.run_dir)), overrides)
+    if config.launcher.hostfile is not None:  # which the others need not have
+        overrides = [*overrides, "launcher.hostfile=null", f"launcher.hosts=[{','.join(hosts)}]"]
+        cluster, _ = _cluster(config, gpus=0)
+        if cluster is not None:
+            overrides = [*overrides, f"launcher.ranks_per_node={cluster.ranks_per_node}"]
+    return host_findings(others, config.launcher.ssh_config, existing_folder(Path(config.run_dir)), overrides)
 
 
-def _exchange(gpus: int, device: str) -> list[Finding]:
+def _named(config: Config) -> list[str]:
+    return [node.host for node in named_nodes(config.launcher.hosts, config.launcher.hostfile)]
+
+
+def _meet_here(config: Config) -> bool:
+    """Whether this machine is the first node of several, whose port the others connect to."""
+    if config.launcher.name == "slurm":  # it is the job's first host that listens
+        return False
+    first = config.launcher.rendezvous or next(iter(_named(config)), None)
+    return first is not None and is_this_machine(first.partition(":")[0])
+
+
+def _exchange(config: Config, gpus: int, listed: int) -> list[Finding]:
     """Collectives between processes of this machine, tried out."""
-    gloo = try_all_reduce("gloo", 2)
+    gloo = try_all_reduce("gloo", 2, config.launcher)
+    expected = gpus if "CUDA_VISIBLE_DEVICES" in os.environ else listed
     seen = gloo.answer.get("gpus")
-    listed = gpus if "CUDA_VISIBLE_DEVICES" in os.environ else listed_gpus()
-    findings = [check_all_reduce("gloo", gloo), check_torch_sees_gpus(listed, seen, device=device)]
-    if seen and device != "cpu":
-        findings.append(check_all_reduce("nccl", try_all_reduce("nccl", min(2, seen))))
+    findings = [
+        check_deepspeed_imports(gloo.answer.get("deepspeed")),
+        check_all_reduce("gloo", gloo),
+        check_torch_sees_gpus(expected, seen, device=config.device),
+    ]
+    if seen and config.device != "cpu":
+        findings.append(check_all_reduce("nccl", try_all_reduce("nccl", min(2, seen), config.launcher)))
     return [finding for finding in findings if finding is not None]
 
 
-def _ranks_here(config: Config, gpus: int, *, several_nodes: bool) -> tuple[int, list[Finding]]:
-    """Ranks that this machine would start, and why that is not known."""
-    if not several_nodes:
-        return config.world_size, []
+def _cluster(config: Config, gpus: int) -> tuple[Cluster | None, list[Finding]]:
+    """Nodes and ranks, or why they are not known."""
     try:
-        return plan_cluster(config, gpus=gpus).ranks_per_node, []
+        return plan_cluster(config, gpus=gpus), []
     except ConfigError as error:
-        what, _, fix = str(error).rpartition(": ")
-        return max(gpus, 1), [Finding("ranks", "error", what, fix)]
+        return None, [Finding("ranks", "error", *split_fix(str(error)))]
 
 
 def _would_use_gpus(config: Config, ranks: int, gpus: int) -> bool:
@@ -104,5 +128,7 @@ def _would_use_gpus(config: Config, ranks: int, gpus: int) -> bool:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    resolved = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer))
-    return num_parameters(resolved) * _STATE_BYTES[config.optim.moment_dtype]
+    """Of all ranks together, however many there are."""
+    rows = config.model.vocab_size or tokenizer_vocab_size(config.tokenizer)
+    sized = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=rows))
+    return num_parameters(sized) * _STATE_BYTES[config.optim.moment_dtype]

@@ -109,7 +109,12 @@ def _nodes(plan: Plan) -> list[str]:
     if len(rows) > 5:
         rows = [*rows[:3], ("..", "..", "..", ".."), rows[-1]]
     lines = [*_aligned(rows), ""]
-    names = {"pipeline": "pipeline messages", "data": "gradient rings", "experts": "all-to-all"}
+    names = {
+        "pipeline": "pipeline messages",
+        "embedding": "embedding copies",
+        "data": "gradient rings",
+        "experts": "all-to-all",
+    }
     for traffic in plan.traffic:
         share = f"{traffic.crossing_links:,} of {traffic.links:,} links" if traffic.links else "no links"
         sent = f", {compact(traffic.busiest_node_bytes)}B from a node in a step" if traffic.crossing_links else ""

@@ -40,6 +40,8 @@ def main(arguments: list[str]) -> int:
 
     try:
         written = draw_runs(runs, request.out)
+        if len(request.runs) == 1:  # spreads of several runs cannot lie over each other
+            written += _spreads(request.runs[0], request.out)
     except OSError as error:
         raise ConfigError(f"{request.out} cannot be written ({error.strerror}): choose another out=FOLDER") from error
     if not written:
@@ -75,6 +77,18 @@ def _sweep(folder: Path) -> int:
 
     print(write_summary(folder))
     return 0
+
+
+def _spreads(run: Path, out: Path) -> list[Path]:
+    """The picture of the experts' loads, if the run has TensorBoard's histograms of them."""
+    from dist_mtp.monitor.load_pictures import NAME, draw_spreads, read_spreads
+
+    spreads = read_spreads(run / "tensorboard")
+    if not spreads:
+        return []
+    path = out / f"{NAME}.png"
+    draw_spreads(spreads, path)
+    return [path]
 
 
 def _rows(run: Path) -> list[dict[str, float]]:

@@ -28,24 +28,27 @@ class Port:
     link_layer: str
     """``InfiniBand``, or ``Ethernet`` for RoCE."""
 
+    @property
+    def is_active(self) -> bool:
+        return "ACTIVE" in self.state
 
-def check_gpus(listing: str | None, wanted: int, *, device: str) -> list[Finding]:
+
+def check_gpus(listing: str | None, wanted: int, usable: int, *, device: str) -> list[Finding]:
     """One finding for each kind of GPU and for each that is in use.
 
     Args:
         listing: CSV of ``nvidia-smi --query-gpu`` with :data:`GPU_QUERY`, no header and no units; None without a driver.
         wanted: ranks that this machine would start.
+        usable: GPUs that ``CUDA_VISIBLE_DEVICES`` and the installed torch leave them.
         device: of the configuration.
     """
-    gpus = [[cell.strip() for cell in line.split(",")] for line in (listing or "").splitlines() if line.strip()]
+    rows = [[cell.strip() for cell in line.split(",")] for line in (listing or "").splitlines()]
+    gpus = [row for row in rows if len(row) == len(GPU_QUERY.split(","))]  # the driver may print warnings among them
     if not gpus:
-        level: Level = "error" if device == "cuda" else "note"
-        fix = "start it on a machine with GPUs and NVIDIA's driver, or set device=cpu" if device == "cuda" else ""
-        return [
-            Finding(
-                "GPUs", level, "none: training runs on the CPU" if device != "cuda" else "none, but device=cuda", fix
-            )
-        ]
+        if device != "cuda":
+            return [Finding("GPUs", "note", "none: training runs on the CPU")]
+        fix = "start it on a machine with GPUs and NVIDIA's driver, or set device=cpu"
+        return [Finding("GPUs", "error", "none, but device=cuda", fix)]
     kinds = Counter((name, driver, capability, total) for _, name, driver, capability, total, _ in gpus)
     findings = [
         Finding("GPUs", "ok", f"{count} x {name}, {_gib(total)}, compute capability {capability}, driver {driver}")
@@ -54,10 +57,11 @@ def check_gpus(listing: str | None, wanted: int, *, device: str) -> list[Finding
     if len(kinds) > 1:
         fix = "choose equal ones with CUDA_VISIBLE_DEVICES"
         findings.append(Finding("GPUs", "warning", "different kinds: the slowest sets the pace", fix))
-    if device != "cpu" and len(gpus) < wanted:
-        what = f"{len(gpus)} for {wanted} ranks"
-        fix = "lower parallel.pp x parallel.dp, add nodes, or set device=cpu"
-        findings.append(Finding("GPUs", "error" if device == "cuda" else "warning", what, fix))
+    if device != "cpu" and usable < wanted:
+        what = f"{usable} of {len(gpus)} can be used by processes started here, for {wanted} ranks"
+        fix = "see CUDA_VISIBLE_DEVICES, lower parallel.pp x parallel.dp, add nodes, or set device=cpu"
+        level: Level = "error" if device == "cuda" else "warning"
+        findings.append(Finding("GPUs", level, what + ("" if device == "cuda" else ": training runs on the CPU"), fix))
     for index, _, _, _, total, free in gpus:
         if _number(free) < _LEAST_FREE * _number(total):
             what = f"GPU {index} has {_gib(free)} of {_gib(total)} free"
@@ -111,7 +115,7 @@ def check_ports(ports: Sequence[Port], *, several_nodes: bool) -> Finding:
     if not ports:
         what = "none: NCCL and gloo use TCP between nodes" if several_nodes else "none, and none is needed on one node"
         return Finding("InfiniBand", "note", what)
-    active = [port for port in ports if "ACTIVE" in port.state]
+    active = [port for port in ports if port.is_active]
     shown = Counter(f"{'RoCE' if port.link_layer == 'Ethernet' else 'InfiniBand'} {port.rate}" for port in active)
     what = f"{len(active)} of {len(ports)} ports active: " + ", ".join(f"{n} x {kind}" for kind, n in shown.items())
     if active:
@@ -120,30 +124,46 @@ def check_ports(ports: Sequence[Port], *, several_nodes: bool) -> Finding:
     return Finding("InfiniBand", "warning", f"no port is active: {states}", "see ibstat, cables and the subnet manager")
 
 
-def accelerator_findings(wanted: int, device: str, *, several_nodes: bool) -> list[Finding]:
-    """What this machine has."""
-    listing = output_of("nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits")
-    links = check_links(output_of("nvidia-smi", "topo", "-m"))
-    state = check_nvlink_status(output_of("nvidia-smi", "nvlink", "--status"))
-    found = [*check_gpus(listing, wanted, device=device), links, state]
-    found.append(check_ports(_ports(_INFINIBAND), several_nodes=several_nodes))
+def accelerator_findings(
+    wanted: int, usable: int, listed: int, device: str, ports: Sequence[Port], *, several_nodes: bool
+) -> list[Finding]:
+    """What this machine has.
+
+    Args:
+        wanted, usable: see :func:`check_gpus`.
+        listed: of :func:`listed_gpus`; a driver that lists none is not asked for more.
+        ports: of :func:`adapter_ports`.
+    """
+    query = (f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits")
+    listing, topology, status = (
+        output_of("nvidia-smi", *arguments) if listed else None
+        for arguments in (query, ("topo", "-m"), ("nvlink", "--status"))
+    )
+    found = [*check_gpus(listing, wanted, usable, device=device), check_links(topology), check_nvlink_status(status)]
+    found.append(check_ports(ports, several_nodes=several_nodes))
     return [finding for finding in found if finding is not None]
 
 
 def listed_gpus() -> int:
     """GPUs that the driver lists, whether or not the installed torch can use any."""
-    return len((output_of("nvidia-smi", "-L") or "").splitlines())
+    lines = (output_of("nvidia-smi", "-L") or "").splitlines()
+    return sum(line.startswith("GPU ") for line in lines)  # parts of a divided GPU stand below it, indented
 
 
-def _ports(folder: Path) -> list[Port]:
+def adapter_ports(folder: Path = _INFINIBAND) -> list[Port]:
+    """Ports of all adapters, as the kernel shows them in ``folder``."""
     found = []
     for port in sorted(folder.glob("*/ports/*")):
-        said: Mapping[str, str] = {
-            name: (port / name).read_text().strip() if (port / name).is_file() else "unknown"
-            for name in ("state", "rate", "link_layer")
-        }
+        said: Mapping[str, str] = {name: _read(port / name) for name in ("state", "rate", "link_layer")}
         found.append(Port(f"{port.parts[-3]}/{port.name}", **said))
     return found
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def _number(text: str) -> float:

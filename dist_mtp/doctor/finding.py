@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import textwrap
@@ -43,8 +44,14 @@ def table(findings: Sequence[Finding]) -> list[str]:
     return [
         *lines,
         "",
-        f"{errors} {'problem' if errors == 1 else 'problems'}, {warnings} warning{'s' * (warnings != 1)}",
+        f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}",
     ]
+
+
+def split_fix(message: str) -> tuple[str, str]:
+    """What an error message says is wrong, and the fix, which stands after its last colon."""
+    what, _, fix = message.rpartition(": ")
+    return (what, fix) if what else (fix, "")
 
 
 def output_of(*command: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str | None:
@@ -52,7 +59,15 @@ def output_of(*command: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str | Non
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s)
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout if done.returncode == 0 else None

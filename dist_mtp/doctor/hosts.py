@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_mtp.doctor.finding import Finding
+from dist_mtp.doctor.finding import Finding, split_fix
 from dist_mtp.errors import ConfigError
 from dist_mtp.launch.facts import compare_facts, node_facts, token_file
 from dist_mtp.launch.remote import explain_ssh, ssh_command
@@ -58,11 +58,7 @@ def check_alike(this_host: str, own: Mapping[str, Any], others: Mapping[str, Ask
     problems = compare_facts(facts)
     if not problems and others:
         return [Finding("hosts alike", "ok", f"{len(facts)} hosts have the same versions, code and run folder")]
-    findings = []
-    for problem in problems:
-        what, _, fix = problem.rpartition(": ")
-        findings.append(Finding("hosts alike", "error", what, fix))
-    return findings
+    return [Finding("hosts alike", "error", *split_fix(problem)) for problem in problems]
 
 
 def host_findings(
@@ -94,7 +90,7 @@ def host_findings(
         reached = {host: answer for host, answer in answers.items() if isinstance(answer, AskedFacts)}
         own_findings = pool.map(lambda host: _own_findings(host, overrides, ask), reached)
         found = [
-            Finding(host, "error", *_split(str(answer)))
+            Finding(host, "error", *split_fix(str(answer)))
             for host, answer in answers.items()
             if isinstance(answer, ConfigError)
         ]
@@ -114,22 +110,22 @@ def _facts(host: str, folder: Path, token: str | None, ask: Ask) -> AskedFacts |
     answered = time.time()
     if isinstance(answer, ConfigError):
         return answer
-    try:
-        return AskedFacts(json.loads(answer.splitlines()[-1]), asked, answered)
-    except (ValueError, IndexError):
+    facts = _last_line(answer)
+    if not isinstance(facts, dict) or not isinstance(facts.get("time"), float):
         return ConfigError(
             f"{host} did not answer with its facts but {answer[-200:]!r}: see what its shell prints at login"
         )
+    return AskedFacts(facts, asked, answered)
 
 
 def _own_findings(host: str, overrides: Sequence[str], ask: Ask) -> list[Finding]:
     """Those of ``dist-mtp doctor`` on the host that are not ok, or one that counts."""
     answer = ask(host, [sys.executable, "-m", "dist_mtp", "doctor", OWN_FINDINGS, *overrides], _DOCTOR_TIMEOUT_S)
     if isinstance(answer, ConfigError):
-        return [Finding(host, "error", *_split(str(answer)))]
+        return [Finding(host, "error", *split_fix(str(answer)))]
     try:
-        findings = [Finding(**values) for values in json.loads(answer.splitlines()[-1])]
-    except (ValueError, TypeError, IndexError):
+        findings = [Finding(**values) for values in _last_line(answer)]
+    except TypeError:
         return [Finding(host, "error", f"dist-mtp doctor said {answer[-200:]!r}", "run it there by hand")]
     wrong = [finding for finding in findings if finding.level in ("warning", "error")]
     if not wrong:
@@ -137,18 +133,27 @@ def _own_findings(host: str, overrides: Sequence[str], ask: Ask) -> list[Finding
     return [dataclasses.replace(finding, name=f"{host}: {finding.name}") for finding in wrong]
 
 
+def _last_line(answer: str) -> Any:
+    """The JSON in it; None if it is something else."""
+    try:
+        return json.loads(answer.splitlines()[-1])
+    except (ValueError, IndexError):
+        return None
+
+
 def _ask(host: str, ssh_config: str | None, argv: Sequence[str], timeout_s: float) -> Answer:
     command = ssh_command(host, ssh_config, argv)
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+        )
     except subprocess.TimeoutExpired:
         return ConfigError(f"{host} did not answer within {timeout_s:.0f} s: see what it is busy with")
     except OSError as error:
         return ConfigError(f"ssh cannot be run ({error}): install openssh-client")
     return done.stdout if done.returncode == 0 else ConfigError(explain_ssh(host, done.returncode, done.stderr))
-
-
-def _split(message: str) -> tuple[str, str]:
-    """What happened, and the fix, which stands after the last colon."""
-    what, _, fix = message.rpartition(": ")
-    return (what, fix) if what else (fix, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
 
@@ -10,24 +9,29 @@ import psutil
 
 from dist_mtp.config import LauncherConfig
 from dist_mtp.doctor.finding import Finding
+from dist_mtp.launch.facts import is_free
 from dist_mtp.launcher_checks import DEFAULT_PORT, parse_endpoint
 
 TENSORBOARD_PORT = 6006
 
 
-def check_rendezvous_port(port: int, *, is_free: bool, several_nodes: bool) -> Finding:
+def check_rendezvous_port(port: int, *, is_free: bool, nodes_meet_here: bool) -> Finding:
     """The port of the first node where the others announce themselves."""
     name = f"port {port}"
     if is_free:
         return Finding(name, "ok", "free, for nodes to meet")
-    if several_nodes:
-        return Finding(
-            name,
-            "error",
-            "in use, but the nodes meet there",
-            "end its owner (ss -ltnp), or set launcher.rendezvous=HOST:PORT",
-        )
-    return Finding(name, "note", "in use; ranks of one node choose a free one")
+    if nodes_meet_here:
+        fix = "end its owner (ss -ltnp), or set launcher.rendezvous=HOST:PORT"
+        return Finding(name, "error", "in use, but the nodes meet there", fix)
+    return Finding(name, "note", "in use; this run does not need it on this machine")
+
+
+def check_rendezvous_host(host: str, addresses: Sequence[str] | None) -> Finding:
+    """Args: ``addresses`` that the first node's name resolves to; None if it does not."""
+    if addresses is None:
+        fix = "correct launcher.rendezvous, or add its address to /etc/hosts"
+        return Finding("rendezvous", "error", f"{host} does not resolve: this node cannot find the others", fix)
+    return Finding("rendezvous", "ok", f"{host} is {', '.join(addresses)}")
 
 
 def check_tensorboard_port(*, is_free: bool) -> Finding:
@@ -37,22 +41,16 @@ def check_tensorboard_port(*, is_free: bool) -> Finding:
     return Finding(name, "note", "in use: a TensorBoard may be running already; another one needs --port")
 
 
-def check_host_name(name: str, addresses: Sequence[str] | None, *, several_nodes: bool) -> Finding:
-    """What other nodes would connect to if they took this machine's name for its address.
+def check_host_name(name: str, addresses: Sequence[str] | None) -> Finding:
+    """Ranks are told an interface instead, see :mod:`dist_mtp.parallel.environment`, but other programs look it up.
 
     Args:
         addresses: that the name resolves to; None if it does not.
     """
     if addresses is None:
-        fix = f"add a line 'ADDRESS {name}' to /etc/hosts"
-        return Finding("host name", "warning", f"{name} does not resolve: gloo looks it up", fix)
-    shown = f"{name} is {', '.join(addresses)}"
-    if several_nodes and all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
-        what = f"{shown}, which other nodes cannot reach"
-        return Finding(
-            "host name", "warning", what, f"give {name} its network address in /etc/hosts, or set launcher.interface"
-        )
-    return Finding("host name", "ok", shown)
+        fix = f"add a line '127.0.1.1 {name}' to /etc/hosts"
+        return Finding("host name", "warning", f"{name} does not resolve: mpirun and others look it up", fix)
+    return Finding("host name", "ok", f"{name} is {', '.join(addresses)}")
 
 
 def check_interfaces(addresses: Mapping[str, Sequence[str]], wanted: str | None, *, several_nodes: bool) -> Finding:
@@ -66,6 +64,10 @@ def check_interfaces(addresses: Mapping[str, Sequence[str]], wanted: str | None,
     if wanted is not None and wanted not in addresses:
         what = f"launcher.interface={wanted} is not up here: {shown}"
         return Finding("interfaces", "error", what, "name one of these, or leave launcher.interface=null")
+    if not any(address.startswith("127.") for found in addresses.values() for address in found):
+        return Finding(
+            "interfaces", "error", f"no loopback among {shown}: ranks of one node meet there", "ip link set lo up"
+        )
     if several_nodes and not set(addresses) - {"lo"}:
         return Finding(
             "interfaces", "error", f"only {shown}: other nodes cannot be reached", "bring up a network interface"
@@ -73,28 +75,17 @@ def check_interfaces(addresses: Mapping[str, Sequence[str]], wanted: str | None,
     return Finding("interfaces", "ok", shown)
 
 
-def network_findings(launcher: LauncherConfig, *, several_nodes: bool) -> list[Finding]:
+def network_findings(launcher: LauncherConfig, *, several_nodes: bool, nodes_meet_here: bool) -> list[Finding]:
     """What this machine has."""
-    port = DEFAULT_PORT if launcher.rendezvous is None else parse_endpoint(launcher.rendezvous)[1]
+    host, port = parse_endpoint(launcher.rendezvous) if launcher.rendezvous is not None else (None, DEFAULT_PORT)
     name = socket.gethostname()
     return [
-        check_rendezvous_port(port, is_free=port_is_free(port), several_nodes=several_nodes),
-        check_tensorboard_port(is_free=port_is_free(TENSORBOARD_PORT)),
-        check_host_name(name, _addresses(name), several_nodes=several_nodes),
+        check_rendezvous_port(port, is_free=is_free(port), nodes_meet_here=nodes_meet_here),
+        *([check_rendezvous_host(host, _addresses(host))] if host is not None else []),
+        check_tensorboard_port(is_free=is_free(TENSORBOARD_PORT)),
+        check_host_name(name, _addresses(name)),
         check_interfaces(_interfaces(), launcher.interface, several_nodes=several_nodes),
     ]
-
-
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on all interfaces; one that has just ended does not count."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-            probe.listen()
-        except OSError:
-            return False
-    return True
 
 
 def _addresses(name: str) -> list[str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -85,14 +86,14 @@ def check_program(name: str, path: str | None, *, purpose: str, is_needed: bool)
 
 def check_extension_locks(locks: Sequence[Path], now: float) -> Finding:
     """A process that was killed while DeepSpeed compiled leaves a lock that blocks all later ones for ever."""
-    stale = [lock for lock in locks if now - lock.stat().st_mtime > _STALE_LOCK_S]
+    stale = [lock for lock in locks if now - _changed(lock, now) > _STALE_LOCK_S]
     if not stale:
         return Finding("torch_extensions", "ok", "no stale locks")
     return Finding(
         "torch_extensions",
         "warning",
-        f"{len(stale)} locks are older than {_STALE_LOCK_S / 60:.0f} min: who compiles there waits for ever",
-        f"if no process compiles: rm {' '.join(map(str, stale))}",
+        f"{len(stale)} lock{'s' * (len(stale) != 1)} older than {_STALE_LOCK_S / 60:.0f} min: who compiles there waits for ever",
+        f"if no process compiles: rm {shlex.join(map(str, stale))}",
     )
 
 
@@ -144,6 +145,14 @@ def _programs(config: Config) -> list[tuple[str, str, bool]]:
         ("sbatch", "launcher=slurm", launcher.name == "slurm"),
         ("srun", "launcher=slurm", launcher.name == "slurm"),
     ]
+
+
+def _changed(file: Path, now: float) -> float:
+    """When; ``now`` if it has gone meanwhile, as locks do."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return now
 
 
 def _extension_locks() -> list[Path]:

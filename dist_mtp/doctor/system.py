@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import shutil
@@ -20,12 +19,14 @@ _LEAST_SHARED_BYTES = 1 << 30
 _LEAST_FILES = 4096
 """Sockets to all peers, data files and logs."""
 _PROBE_BYTES = 64 << 20
+_PROBE_S = 3.0
+"""No new piece of the probe is written afterwards."""
 _SLOW_CHECKPOINT_S = 300.0
 
 
 def check_threads(cores: int, ranks: int, threads_per_rank: int, *, on_cpu: bool) -> Finding:
     """Threads of all ranks against the cores that this process may use."""
-    what = f"{cores} cores for {ranks} ranks of {threads_per_rank} thread{'s' * (threads_per_rank > 1)}"
+    what = f"{_count(cores, 'core')} for {_count(ranks, 'rank')} of {_count(threads_per_rank, 'thread')}"
     if on_cpu and ranks * threads_per_rank > cores:
         fix = "lower launcher.threads_per_rank (or OMP_NUM_THREADS), or the number of ranks"
         return Finding("CPU", "warning", f"{what}: they take turns, which is slower than fewer threads", fix)
@@ -72,12 +73,15 @@ def check_disk_space(free_bytes: int, checkpoint_bytes: int, keep: int, folder: 
     return Finding("disk space", "ok", what)
 
 
-def check_disk_speed(bytes_per_s: float | None, checkpoint_bytes: int, folder: Path) -> Finding:
-    """Args: ``bytes_per_s`` of one process that writes and syncs; None if it cannot write there."""
-    if bytes_per_s is None:
-        return Finding("disk speed", "error", f"{folder} cannot be written", "set run.dir to a folder of yours")
-    seconds = checkpoint_bytes / bytes_per_s
-    what = f"{compact(bytes_per_s)}B/s written and synced by one process: {duration(seconds)} for a checkpoint"
+def check_disk_speed(measured: float | str, checkpoint_bytes: int, folder: Path) -> Finding:
+    """Args: ``measured`` bytes per second of one process that writes and syncs, or why it cannot write there."""
+    if isinstance(measured, str):
+        what = f"{folder} cannot be written: {measured}"
+        return Finding(
+            "disk speed", "error", what, "set run.dir to a folder of yours, on a file system with free space"
+        )
+    seconds = checkpoint_bytes / measured
+    what = f"{compact(measured)}B/s written and synced by one process: {duration(seconds)} for a checkpoint"
     if seconds > _SLOW_CHECKPOINT_S:
         return Finding("disk speed", "warning", what, "set run.dir to a faster file system, or raise checkpoint.every")
     return Finding("disk speed", "ok", what)
@@ -88,15 +92,13 @@ def check_clock(synchronised: str | None, *, several_nodes: bool) -> Finding:
     answer = None if synchronised is None else synchronised.strip()
     if answer == "yes":
         return Finding("clock", "ok", "synchronised")
-    what = "not synchronised" if answer == "no" else "unknown whether it is synchronised"
+    what = "not synchronised" if answer == "no" else "timedatectl, which knows whether it is synchronised, does not say"
     if not several_nodes:
         return Finding("clock", "note", f"{what}; one node does not need it")
-    return Finding(
-        "clock",
-        "warning",
-        f"{what}: times in logs of different nodes may disagree",
-        "start chrony or systemd-timesyncd",
-    )
+    if answer != "no":  # as in most containers, whose host takes care of it
+        return Finding("clock", "note", f"{what}; where launcher.hosts names several, their clocks are compared")
+    what = f"{what}: times in logs of different nodes may disagree"
+    return Finding("clock", "warning", what, "start chrony or systemd-timesyncd")
 
 
 def system_findings(
@@ -108,7 +110,8 @@ def system_findings(
         ranks: that it would start.
         checkpoint_bytes: about.
     """
-    threads = int(os.environ.get("OMP_NUM_THREADS") or config.launcher.threads_per_rank)
+    exported = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is one number per nested level
+    threads = int(exported) if exported.isdecimal() else config.launcher.threads_per_rank
     folder = existing_folder(Path(config.run_dir))
     return [
         check_threads(len(os.sched_getaffinity(0)), ranks, threads, on_cpu=on_cpu),
@@ -124,26 +127,33 @@ def system_findings(
 def existing_folder(path: Path) -> Path:
     """The nearest folder above, or ``path`` itself, that exists; absolute."""
     folder = path.absolute()
-    while not folder.is_dir():
+    while not os.path.isdir(folder):  # unlike Path.is_dir, False where a folder above may not be entered
         folder = folder.parent
     return folder
 
 
-def write_speed(folder: Path, num_bytes: int = _PROBE_BYTES) -> float | None:
-    """Bytes per second of a file that is written, synced and removed again; None if that fails."""
-    block = os.urandom(1 << 20)  # random, as some file systems compress
-    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as file:
-        begin = time.perf_counter()
-        for _ in range(num_bytes >> 20):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        return num_bytes / (time.perf_counter() - begin)
-    return None
+def write_speed(folder: Path) -> float | str:
+    """Bytes per second of a file that is written, synced and removed again, or why it cannot be written."""
+    block = os.urandom(_PROBE_BYTES // 8)  # random, as some file systems compress
+    wanted = min(_PROBE_BYTES, shutil.disk_usage(folder).free // 2)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            begin, written = time.perf_counter(), 0
+            while written < max(wanted, 1) and time.perf_counter() - begin < _PROBE_S:
+                written += file.write(block[: max(wanted - written, 1)])
+                file.flush()
+                os.fsync(file.fileno())
+            return written / (time.perf_counter() - begin)
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _size(folder: Path) -> int | None:
     return shutil.disk_usage(folder).total if folder.is_dir() else None
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _limit(value: int) -> str:

@@ -24,8 +24,8 @@ from dist_mtp.pipeline.timeline import MeasuredTimeline
 
 Metrics = dict[str, float]
 
-_NO_HPARAMS = frozenset({"run.dir", "run.name"})
-"""They differ in any two runs, and TensorBoard names runs by their folders."""
+_NO_HPARAMS = frozenset({"run.dir", "run.name", "data.cache_dir"})
+"""Names of folders: TensorBoard shows that of the run anyway, and no result depends on one."""
 
 
 class Monitor:
@@ -82,7 +82,7 @@ class RunMonitor(Monitor):
         if config.monitor.tensorboard:
             self._tensorboard = TensorBoard(
                 self.run_dir / "tensorboard",
-                num_depths=config.mtp.depth,
+                has_mtp=config.mtp.depth > 0,
                 has_experts=bool(config.moe_layers),
                 aux_losses=any(config.moe.aux_loss_coeffs.values()),
                 ep=config.parallel.ep,

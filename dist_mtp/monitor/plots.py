@@ -25,6 +25,8 @@ _DIGIT_WIDTH = 3.9
 """Points; of the microbatch numbers."""
 _MIN_EDGE_WIDTH = 2.5
 """Points below which a box gets no white edge, as the edge would hide it."""
+_MIN_HATCH_WIDTH = 1.0
+"""Points below which a wait is not hatched: nobody would see it, and hatching is what takes longest to draw."""
 
 
 def plot_plan(plan: Plan, path: str | Path) -> None:
@@ -84,7 +86,11 @@ def _draw(
     for rank in range(plan.pp):
         axes.broken_barh([(0, step_time * scale)], (rank - 0.4, 0.8), facecolor=_IDLE, zorder=0)
         axes.broken_barh(
-            [(start * scale, seconds * scale) for waiting, start, seconds in waits if waiting == rank],
+            [
+                (start * scale, seconds * scale)
+                for waiting, start, seconds in waits
+                if waiting == rank and seconds * points > _MIN_HATCH_WIDTH
+            ],
             (rank - 0.4, 0.8),
             **_WAIT,
             zorder=0.5,
@@ -111,6 +117,9 @@ def _draw(
                     color="white" if stage == 0 else _INK,
                 )
 
+    # The layout needs the labels around the lanes, and would measure thousands of boxes and numbers inside them.
+    for artist in (*axes.collections, *axes.texts):
+        artist.set_in_layout(False)
     axes.set_yticks(range(plan.pp), [_lane_label(plan, rank) for rank in range(plan.pp)], fontsize=text, color=_INK)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=text, colors=_FAINT)

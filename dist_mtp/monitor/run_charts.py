@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dist_mtp.monitor.depths import by_depth, expected_tokens_per_step
+
 Row = Mapping[str, float]
+EXPECTED_TOKENS = "expected_tokens_per_step"
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,31 @@ CHARTS: tuple[Chart, ...] = (
         (
             Panel("agreement with the main head in training, %", {"mtp {k}": r"accept_mtp_(\d+)"}, 100),
             Panel("on held-out text, %", {"mtp {k}": r"eval_accept_mtp_(\d+)"}, 100),
+            Panel("expected tokens per decoding step", {"all depths": EXPECTED_TOKENS}),
         ),
     ),
     Chart(
         "expert_load",
         (
-            Panel("largest load over the mean load, minus 1", {"over all layers": "load_max_violation"}),
-            Panel("norm of the router biases", {"all layers": "router_bias_norm"}),
+            Panel("largest load over the mean load, minus 1", {"layer {k}": r"load_violation_layer_(\d+)"}),
+            Panel("in the worst layer", {"worst layer": "load_max_violation"}),
+            Panel("norm of the router biases", {"all routers": "router_bias_norm"}),
         ),
     ),
-    Chart("throughput", (Panel("tokens/s", {"all ranks": "tokens_per_s"}),)),
+    Chart(
+        "all_to_all",
+        (
+            Panel("all-to-all, MiB per step, all ranks", {"sent": "all_to_all_bytes"}, 2**-20),
+            Panel("wait for the all-to-all, s, slowest rank", {"waited": "all_to_all_wait_s"}),
+        ),
+    ),
+    Chart(
+        "throughput",
+        (
+            Panel("tokens/s", {"all ranks": "tokens_per_s"}),
+            Panel("share of the peak (MFU), %", {"each device": "mfu"}, 100),
+        ),
+    ),
     Chart(
         "optimizer",
         (Panel("learning rate", {"all groups": "lr"}), Panel("gradient norm", {"before clipping": "grad_norm"})),
@@ -82,6 +100,7 @@ CHARTS: tuple[Chart, ...] = (
         (
             Panel("bubble, %", {"measured": "bubble", "plan": "bubble_plan"}, 100),
             Panel("time in which a stage is computed, %", {"stage {k}": r"stage_(\d+)_busy_share"}, 100),
+            Panel("wait for messages, s, mean rank", {"waited": "p2p_wait_s"}),
         ),
     ),
     Chart(
@@ -93,6 +112,12 @@ CHARTS: tuple[Chart, ...] = (
         ),
     ),
 )
+
+
+def with_derived(row: Row) -> Row:
+    """The row with what follows from it and is drawn."""
+    rates = by_depth(row, "accept_mtp_")
+    return {**row, EXPECTED_TOKENS: expected_tokens_per_step(rates)} if rates else row
 
 
 def lines(panel: Panel, rows: Sequence[Row]) -> list[Line]:

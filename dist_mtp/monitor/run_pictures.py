@@ -6,14 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_mtp.monitor.run_charts import CHARTS, Chart, Line, Row, lines
+from dist_mtp.monitor.run_charts import CHARTS, Chart, Line, Row, lines, with_derived
 
-_COLOURS = ("#2f6fb2", "#c9573c", "#3f9b5a", "#e08a1e", "#8a5fb0", "#4fa7a7", "#b0568a", "#8c8c8c")
+COLOURS = ("#2f6fb2", "#c9573c", "#3f9b5a", "#e08a1e", "#8a5fb0", "#4fa7a7", "#b0568a", "#8c8c8c")
 _STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1, 1, 3)))
-_INK, _FAINT, _GRID = "#222222", "#666666", "#e4e4e4"
+INK, FAINT, _GRID = "#222222", "#666666", "#e4e4e4"
 _PANEL_INCHES = (4.6, 3.2)
 _LEGEND_COLUMNS = 5
-_DPI = 200
+DPI = 200
+_MIN_LOG_RANGE = 10.0
+"""Largest over smallest value from which a logarithmic axis has ticks to read."""
 
 
 def draw_runs(runs: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
@@ -27,6 +29,7 @@ def draw_runs(runs: Mapping[str, Sequence[Row]], folder: Path) -> list[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
+    runs = {name: [with_derived(row) for row in rows] for name, rows in runs.items()}
     written: list[Path] = []
     for chart in CHARTS:
         drawn = [(panel, {name: lines(panel, rows) for name, rows in runs.items()}) for panel in chart.panels]
@@ -43,26 +46,26 @@ def _draw(chart: Chart, runs: Sequence[str], panels: Sequence[Mapping[str, Seque
     from matplotlib.figure import Figure
 
     filled = [(panel, by_run) for panel, by_run in zip(chart.panels, panels, strict=True) if any(by_run.values())]
-    labels = list(dict.fromkeys(line.label for _, by_run in filled for found in by_run.values() for line in found))
+    labels = _labels([by_run for _, by_run in filled])
     width, height = _PANEL_INCHES
     legend = _legend(runs, labels)
     legend_rows = -(-len(legend) // _LEGEND_COLUMNS)
-    figure = Figure(figsize=(width * len(filled), height + 0.22 * legend_rows), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(width * len(filled), height + 0.22 * legend_rows), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (panel, by_run) in zip(figure.subplots(1, len(filled), squeeze=False)[0], filled, strict=True):
         for place, run in enumerate(runs):
             for line in by_run[run]:
-                colour, style = _look(place, labels.index(line.label), len(runs))
+                colour, style = _look(place, labels.index(line.label) if line.label in labels else 0, len(runs))
                 marker = "o" if line.sparse else ""
                 axes.plot(
                     line.steps, line.values, color=colour, linestyle=style, marker=marker, markersize=3, linewidth=1.1
                 )
-        positive = all(value > 0 for found in by_run.values() for line in found for value in line.values)
-        if panel.log_scale and positive:
+        values = [value for found in by_run.values() for line in found for value in line.values]
+        if panel.log_scale and min(values) > 0 and max(values) / min(values) > _MIN_LOG_RANGE:
             axes.set_yscale("log")
-        axes.set_title(panel.title, loc="left", fontsize=9, color=_INK)
-        axes.set_xlabel("step", fontsize=8, color=_FAINT)
-        _tidy(axes)
+        axes.set_title(panel.title, loc="left", fontsize=9, color=INK)
+        axes.set_xlabel("step", fontsize=8, color=FAINT)
+        tidy(axes)
     if len(legend) > 1:
         figure.legend(
             handles=legend,
@@ -71,14 +74,20 @@ def _draw(chart: Chart, runs: Sequence[str], panels: Sequence[Mapping[str, Seque
             fontsize=8,
             frameon=False,
         )
-    figure.savefig(path, dpi=_DPI, facecolor="white")
+    figure.savefig(path, dpi=DPI, facecolor="white")
+
+
+def _labels(panels: Sequence[Mapping[str, Sequence[Line]]]) -> list[str]:
+    """What the legend must tell apart; a quantity that has axes of its own is named by their title."""
+    by_panel = [list(dict.fromkeys(line.label for found in by_run.values() for line in found)) for by_run in panels]
+    return list(dict.fromkeys(label for labels in by_panel if len(labels) > 1 for label in labels))
 
 
 def _look(run: int, line: int, num_runs: int) -> tuple[str, Any]:
     """Colour and dash pattern."""
     if num_runs == 1:
-        return _COLOURS[line % len(_COLOURS)], _STYLES[line // len(_COLOURS) % len(_STYLES)]
-    return _COLOURS[run % len(_COLOURS)], _STYLES[line % len(_STYLES)]
+        return COLOURS[line % len(COLOURS)], _STYLES[line // len(COLOURS) % len(_STYLES)]
+    return COLOURS[run % len(COLOURS)], _STYLES[line % len(_STYLES)]
 
 
 def _legend(runs: Sequence[str], labels: Sequence[str]) -> list[Any]:
@@ -90,14 +99,15 @@ def _legend(runs: Sequence[str], labels: Sequence[str]) -> list[Any]:
 
     if len(runs) == 1:
         return [entry(label, *_look(0, place, 1)) for place, label in enumerate(labels)]
-    entries = [entry(run, _COLOURS[place % len(_COLOURS)], "-") for place, run in enumerate(runs)]
+    entries = [entry(run, COLOURS[place % len(COLOURS)], "-") for place, run in enumerate(runs)]
     if len(labels) > 1:
-        entries += [entry(label, _FAINT, _STYLES[place % len(_STYLES)]) for place, label in enumerate(labels)]
+        entries += [entry(label, FAINT, _STYLES[place % len(_STYLES)]) for place, label in enumerate(labels)]
     return entries
 
 
-def _tidy(axes: Any) -> None:
-    axes.tick_params(labelsize=8, colors=_FAINT, length=0)
+def tidy(axes: Any) -> None:
+    """Faint rules and small labels, and nothing else that draws the eye."""
+    axes.tick_params(which="both", labelsize=8, colors=FAINT, length=0)
     axes.grid(color=_GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     for spine in axes.spines.values():

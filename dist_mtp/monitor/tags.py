@@ -15,7 +15,6 @@ TAGS: dict[str, str] = {
     "accept_mtp_{k}": "mtp/accept_rate_{k}",
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",
-    "skipped": "optim/skipped",
     "tokens_per_s": "perf/tokens_per_s",
     "step_time": "perf/step_time_s",
     "tflops_per_device": "perf/tflops_per_device",
@@ -95,26 +94,26 @@ def scalars(row: Mapping[str, float]) -> dict[str, float]:
 
 
 def chart_layout(
-    num_depths: int, *, has_experts: bool, aux_losses: bool, ep: int, fp8: bool, timelines: bool
+    *, has_mtp: bool, has_experts: bool, aux_losses: bool, ep: int, fp8: bool, timelines: bool
 ) -> dict[str, dict[str, list[object]]]:
     """Layout of the Custom Scalars tab: category -> chart title -> ``["Multiline", tags]``.
 
-    A chart draws every tag that one of its ``tags`` matches as a regular expression, from the tag's start.
+    A chart draws every tag that one of its ``tags`` matches as a regular expression, from the tag's start. TensorBoard adds
+    up the layouts of all runs it shows: a chart that two runs have in common must be equal in both, or it is there twice.
     """
 
     def multiline(*tags: str) -> list[object]:
         return ["Multiline", list(tags)]
 
-    depths = range(1, num_depths + 1)
     layout = {
         "Loss": {
-            "main and MTP": multiline("loss/main", *(f"loss/mtp_{k}" for k in depths)),
-            "held out": multiline("eval/loss_main", *(f"eval/loss_mtp_{k}" for k in depths)),
+            "main and MTP": multiline("loss/main", r"loss/mtp_\d+"),
+            "held out": multiline("eval/loss_main", r"eval/loss_mtp_\d+"),
         }
     }
-    if num_depths:
+    if has_mtp:
         layout["MTP"] = {
-            "agreement with the main head": multiline(*(f"mtp/accept_rate_{k}" for k in depths)),
+            "agreement with the main head": multiline(r"mtp/accept_rate_\d+"),
             "expected tokens per decoding step": multiline("mtp/expected_tokens_per_step"),
         }
     if has_experts:
@@ -148,8 +147,8 @@ def chart_layout(
             f"{title}, {of}": multiline(rf"{tag}/\w+_{role}")
             for tag, title in (
                 ("fp8/underflow_pct", "values that become 0, %"),
-                ("fp8/saturation_pct", "values beyond the largest or not finite, %"),
                 ("fp8/error_pct", "relative error, %"),
+                ("fp8/saturation_pct", "values beyond the largest or not finite, %"),
                 ("fp8/scale_m(in|ax)", "least and largest scale"),
             )
             for role, of in (("input", "inputs"), ("weight", "weights"), ("grad", "gradients"))

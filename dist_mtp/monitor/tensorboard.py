@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.image import imread
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
@@ -25,8 +27,8 @@ class TensorBoard:
     """Writes metrics, settings and the plan to ``folder``; after the first failing write it does nothing.
 
     Args:
-        num_depths: D, MTP depths that share a chart.
-        has_experts: whether the model has MoE layers; they get charts then.
+        has_mtp: whether the model has MTP modules; they get charts then.
+        has_experts: whether it has MoE layers; likewise.
         aux_losses: whether its routers have auxiliary losses; likewise.
         ep: ranks that share one set of experts; from 2 on there are charts of their all-to-all.
         fp8: whether layers multiply in FP8; there are charts of what it loses then.
@@ -42,7 +44,7 @@ class TensorBoard:
         self,
         folder: str | Path,
         *,
-        num_depths: int,
+        has_mtp: bool,
         has_experts: bool,
         aux_losses: bool,
         ep: int,
@@ -62,7 +64,7 @@ class TensorBoard:
 
         def describe_run(writer: SummaryWriter) -> None:
             layout = chart_layout(
-                num_depths, has_experts=has_experts, aux_losses=aux_losses, ep=ep, fp8=fp8, timelines=timelines
+                has_mtp=has_mtp, has_experts=has_experts, aux_losses=aux_losses, ep=ep, fp8=fp8, timelines=timelines
             )
             writer.add_custom_scalars(layout)
             writer.add_text("config", _preformatted(config_text), start)
@@ -106,11 +108,17 @@ class TensorBoard:
     def add_image(self, tag: str, png_path: str | Path, step: int = 0) -> None:
         """Show a PNG file; a missing or damaged one is reported and left out."""
         try:
-            pixels_HWC = imread(png_path)
+            image = _encoded(Path(png_path))
         except OSError as error:
             self._report(f"TensorBoard goes without the picture {png_path}: {error}")
             return
-        self._attempt(lambda writer: writer.add_image(tag, pixels_HWC, step, dataformats="HWC"))
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+
+        def add_summary(writer: SummaryWriter) -> None:
+            file_writer: Any = writer.file_writer  # torch annotates it as None, which it is only after close()
+            file_writer.add_summary(summary, step)
+
+        self._attempt(add_summary)
 
     def close(self) -> None:
         """Write what is pending; calls after the first do nothing."""
@@ -128,6 +136,19 @@ class TensorBoard:
     def _give_up(self, error: OSError) -> None:
         self._writer = None
         self._report(f"TensorBoard stops at {self._folder}: {error}; training goes on, metrics.jsonl has every step")
+
+
+def _encoded(png_path: Path) -> Summary.Image:
+    """The file as it is: ``SummaryWriter.add_image`` would compress the pixels again, which takes longer than drawing them.
+
+    Raises:
+        OSError: no such file, or no picture.
+    """
+    content = png_path.read_bytes()
+    with Image.open(io.BytesIO(content)) as picture:
+        width, height = picture.size
+        channels = len(picture.getbands())
+    return Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=content)
 
 
 def _preformatted(text: str) -> str:

@@ -1,7 +1,8 @@
 """Environment variables of a rank: where it stands in the world, and through which network it talks.
 
 Set by the rank itself, before torch is imported, so that they are the same under every launcher and no value travels
-through anybody's shell. A variable that the user has exported wins.
+through anybody's shell. A variable that the user has exported wins over what is chosen here, ``launcher.environment`` over
+both.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dist_mtp.config import Config
 from dist_mtp.pipeline.costs import UnitCost
 from dist_mtp.pipeline.saved import bytes_per_element
 
-_GRADIENT_BYTES = 4
+GRADIENT_BYTES = 4
 """Of one parameter. Under bf16 too: ``BF16_Optimizer`` of DeepSpeed 0.19.8 accumulates in fp32, unsharded."""
 _OPTIMIZER_BYTES = {"fp32": 4 + 2 * 4, "bf16": 4 + 2 * 2}
 """Of one parameter by ``optim.moment_dtype``: fp32 master weight and two moments. ZeRO-1 keeps a master weight even where
@@ -56,7 +56,7 @@ def rank_memory(config: Config, rank: int, cost: UnitCost, activation_bytes: int
         dense_params=dense,
         expert_params=cost.expert_params,
         weight_bytes=bytes_per_element(config) * cost.params + _FP8_BYTES * in_fp8,
-        gradient_bytes=_GRADIENT_BYTES * cost.params,
+        gradient_bytes=GRADIENT_BYTES * cost.params,
         optimizer_bytes=_OPTIMIZER_BYTES[config.optim.moment_dtype] * optimized,
         activation_bytes=activation_bytes,
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from dist_mtp.pipeline.memory import RankMemory
 from dist_mtp.pipeline.nodes import NodePlan
 
-TrafficKind = Literal["pipeline", "data", "experts"]
+TrafficKind = Literal["pipeline", "embedding", "data", "experts"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,23 @@ def pipeline_traffic(plan: NodePlan, stage_to_rank: Sequence[int], bytes_per_lin
                 yield _Sends(b, a, 1, bytes_per_link)
 
     return _total("pipeline", sends())
+
+
+def embedding_traffic(plan: NodePlan, gradient_bytes: int) -> Traffic:
+    """Gradients of the embedding's two copies, on the first and the last pipeline rank, to be summed.
+
+    Args:
+        gradient_bytes: of one copy, which each of two ranks sends to the other.
+    """
+    last = plan.pp - 1
+
+    def sends() -> Iterable[_Sends]:
+        for data_rank in range(plan.dp):
+            a, b = plan.node_of(data_rank), plan.node_of(last * plan.dp + data_rank)
+            yield _Sends(a, b, 1, gradient_bytes)
+            yield _Sends(b, a, 1, gradient_bytes)
+
+    return _total("embedding", sends())
 
 
 def data_traffic(plan: NodePlan, ranks: Sequence[RankMemory]) -> Traffic:

@@ -9,12 +9,12 @@ from typing import Any
 from dist_mtp.config import Config
 from dist_mtp.pipeline import schedules
 from dist_mtp.pipeline.bounds import Bound, balance_bound, balanced_ranks, ramp_bound
-from dist_mtp.pipeline.costs import UnitCost, list_units, message_bytes, total_cost, unit_costs
+from dist_mtp.pipeline.costs import UnitCost, list_units, message_bytes, total_cost, unit_costs, unit_parameters
 from dist_mtp.pipeline.devices import DeviceProfile, resolve_profile
 from dist_mtp.pipeline.experts import ExpertPlan, place_experts
 from dist_mtp.pipeline.lowering import lower
-from dist_mtp.pipeline.memory import RankMemory, rank_memory
-from dist_mtp.pipeline.node_traffic import Traffic, data_traffic, expert_traffic, pipeline_traffic
+from dist_mtp.pipeline.memory import GRADIENT_BYTES, RankMemory, rank_memory
+from dist_mtp.pipeline.node_traffic import Traffic, data_traffic, embedding_traffic, expert_traffic, pipeline_traffic
 from dist_mtp.pipeline.nodes import NodePlan, on_nodes, place_on_nodes, placement_warnings, ranks_per_node
 from dist_mtp.pipeline.partition import Partition, partition
 from dist_mtp.pipeline.placement import stage_ranks
@@ -67,7 +67,8 @@ class Plan:
     """Of each pipeline rank; its data-parallel ranks all hold as much."""
     nodes: NodePlan
     traffic: tuple[Traffic, ...]
-    """Between nodes: of the pipeline, of gradients, and of experts unless ``parallel.ep`` is 1."""
+    """Between nodes: of the pipeline, of the embedding's two copies if there are two, of gradients, and of experts unless
+    ``parallel.ep`` is 1."""
     node_warnings: tuple[str, ...]
     """What crosses nodes and need not, with the values that would fit."""
 
@@ -196,10 +197,18 @@ def _traffic(
     experts: ExpertPlan | None,
 ) -> tuple[Traffic, ...]:
     hidden_bytes = config.train.micro_batches * message_bytes(config)
-    kinds = [pipeline_traffic(nodes, stage_to_rank, hidden_bytes), data_traffic(nodes, ranks)]
+    kinds = [pipeline_traffic(nodes, stage_to_rank, hidden_bytes)]
+    if _embedding_has_two_copies(config, stage_to_rank):
+        kinds.append(embedding_traffic(nodes, GRADIENT_BYTES * unit_parameters(config)[0]))
+    kinds.append(data_traffic(nodes, ranks))
     if experts is not None:
         kinds.append(expert_traffic(nodes, experts.all_to_all_bytes))
     return tuple(kinds)
+
+
+def _embedding_has_two_copies(config: Config, stage_to_rank: Sequence[int]) -> bool:
+    """MTP modules and a tied head need it where the last stage is; a rank that holds both stages has one copy for both."""
+    return (config.mtp.depth > 0 or config.model.tie_word_embeddings) and stage_to_rank[-1] != stage_to_rank[0]
 
 
 def _stage_costs(costs: Sequence[UnitCost], cut: Partition) -> list[UnitCost]:
@@ -211,8 +220,7 @@ def _stage_plans(
 ) -> tuple[StagePlan, ...]:
     units = list_units(config)
     stage_costs = _stage_costs(costs, cut)
-    needs_embedding = config.mtp.depth > 0 or config.model.tie_word_embeddings
-    if needs_embedding and stage_to_rank[-1] != stage_to_rank[0]:
+    if _embedding_has_two_copies(config, stage_to_rank):
         stage_costs[-1] = total_cost([stage_costs[-1], UnitCost(params=costs[0].params)])
     return tuple(
         StagePlan(

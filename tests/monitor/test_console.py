@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -142,18 +143,28 @@ class Terminal:
 
     def __init__(self, columns):
         self.master, slave = os.openpty()
-        os.set_blocking(self.master, False)  # a test that waits for what never comes fails
         attributes = termios.tcgetattr(slave)
         attributes[1] &= ~termios.OPOST  # newlines arrive as they were written
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.stream = os.fdopen(slave, "w", encoding="utf-8")
+        self.sent = ""
 
     def screen(self):
-        """Lines that stand there after what was written since the last call, colours left out."""
-        text = re.sub(r"\x1b\[[\d;]*m", "", os.read(self.master, 1 << 20).decode())
+        """Lines that stand there, colours left out."""
+        self.sent += self.received()
+        text = re.sub(r"\x1b\[[\d;]*m", "", self.sent)
         # "\r" and "erase line" is all that a bar needs; anything else would stay in the text and be noticed.
         return [line.rpartition("\r\x1b[2K")[2] for line in text.split("\n")]
+
+    def received(self):
+        """Characters that were written since the last call; the kernel passes them on in pieces, and a little later."""
+        os.write(self.stream.fileno(), b"\0")  # nothing else writes one, so it is the end
+        text = b""
+        while not text.endswith(b"\0"):
+            assert select.select([self.master], [], [], 10.0)[0], f"only {text!r} came"
+            text += os.read(self.master, 1 << 20)
+        return text[:-1].decode()
 
     def hang_up(self):
         if self.master >= 0:
@@ -189,7 +200,7 @@ class TestProgressBar:
         assert found, bar
         assert len(bar) == 99, f"{len(bar)} of 100 columns: one is left free, so that no terminal wraps the line"
         console.close()
-        assert terminal.screen() == [""], "the bar is still there"
+        assert terminal.screen() == [*lines, ""], "the bar is still there"
         log = (tmp_path / "log").read_text()
         assert log.splitlines() == lines, log
         assert "\x1b" not in log
@@ -210,14 +221,14 @@ class TestProgressBar:
         monkeypatch.setenv("TERM", term)
         stream = terminal.stream if is_terminal else io.StringIO()
         Console(stream, log_file=None, progress=progress).step_line(metrics(1), TOTAL_STEPS)
-        text = os.read(terminal.master, 1 << 20).decode() if is_terminal else stream.getvalue()
+        text = terminal.received() if is_terminal else stream.getvalue()
         assert ("ETA" in text) == expected, repr(text)
         assert expected or text.splitlines() == step_lines([metrics(1)]), repr(text)
 
     def test_has_no_colours_when_asked(self, terminal, monkeypatch):
         monkeypatch.setenv("NO_COLOR", "1")
         Console(terminal.stream, log_file=None).step_line(metrics(1), TOTAL_STEPS)
-        text = os.read(terminal.master, 1 << 20).decode()
+        text = terminal.received()
         assert "ETA" in text, repr(text)
         assert "\x1b" not in text.replace("\r\x1b[2K", ""), repr(text)
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +18,11 @@ from torch.utils.tensorboard import SummaryWriter
 from dist_mtp.monitor.tags import SCALED_TAGS, STEP_SHARE_TAGS, TAGS, chart_layout, scalars
 from dist_mtp.monitor.tensorboard import TensorBoard
 
-NUM_DEPTHS = 2
 ROW = {
     "step": 1, "tokens": 512, "loss": 6.5, "loss_main": 5.5, "loss_mtp_1": 5.75, "loss_mtp_2": 5.875, "mtp_weight": 0.25,
     "accept_mtp_1": 0.5, "accept_mtp_2": 0.25, "grad_norm": 1.5, "lr": 0.125, "load_max_violation": 2.5,
     "router_bias_norm": 0.75, "step_time": 0.5, "tokens_per_s": 1024.0, "tflops_per_device": 3.5, "mfu": 0.375,
-    "data_wait_s": 0.0625, "memory_gib": 1.25, "skipped": 0, "eval_loss_main": 4.5, "eval_loss_mtp_1": 4.75,
+    "data_wait_s": 0.0625, "memory_gib": 1.25, "eval_loss_main": 4.5, "eval_loss_mtp_1": 4.75,
     "eval_loss_mtp_2": 4.875, "eval_accept_mtp_1": 0.625, "eval_accept_mtp_2": 0.3125, "eval_bits_per_byte": 2.25,
     "load_violation_layer_1": 1.5, "load_violation_layer_10": 2.5, "loss_seq_aux": 1.125, "loss_global_aux": 1.0625,
     "loss_z": 7.5, "all_to_all_bytes": 1.5 * 2**20, "all_to_all_wait_s": 0.125, "dropped_share": 0.0078125,
@@ -37,7 +37,7 @@ ROW |= {f"fp8_{quantity}_{role}": 0.5 for quantity in ("saturation", "scale_min"
 EXPECTED = {
     "loss/total": 6.5, "loss/main": 5.5, "loss/mtp_1": 5.75, "loss/mtp_2": 5.875, "loss/mtp_weight": 0.25,
     "mtp/accept_rate_1": 0.5, "mtp/accept_rate_2": 0.25, "mtp/expected_tokens_per_step": 1 + 0.5 + 0.125,
-    "optim/lr": 0.125, "optim/grad_norm": 1.5, "optim/skipped": 0, "perf/tokens_per_s": 1024.0, "perf/step_time_s": 0.5,
+    "optim/lr": 0.125, "optim/grad_norm": 1.5, "perf/tokens_per_s": 1024.0, "perf/step_time_s": 0.5,
     "perf/tflops_per_device": 3.5, "perf/mfu_pct": 37.5, "perf/data_wait_pct": 12.5, "moe/load_max_violation": 2.5,
     "moe/bias_norm": 0.75, "memory/peak_gib": 1.25, "eval/loss_main": 4.5, "eval/loss_mtp_1": 4.75,
     "eval/loss_mtp_2": 4.875, "eval/accept_rate_1": 0.625, "eval/accept_rate_2": 0.3125, "eval/bits_per_byte": 2.25,
@@ -59,7 +59,7 @@ EXPECTED |= {f"fp8/scale_{end}/{role}": 0.5 for end in ("min", "max") for role i
 def start(folder, report=pytest.fail, purge_step=None):
     return TensorBoard(
         folder,
-        num_depths=NUM_DEPTHS,
+        has_mtp=True,
         has_experts=True,
         aux_losses=True,
         ep=2,
@@ -123,9 +123,10 @@ def test_all_depths_share_one_chart(events):
     titles = {category.title for category in layout.category}
     assert titles == {"Loss", "MTP", "MoE", "Pipeline", "Throughput", "Memory", "FP8"}, titles
     charts = [chart for category in layout.category for chart in category.chart]
-    loss_charts = [list(chart.multiline.tag) for chart in charts if "loss/main" in chart.multiline.tag]
-    assert loss_charts == [["loss/main", "loss/mtp_1", "loss/mtp_2"]], loss_charts
     written = events.Tags()["scalars"]
+    (loss_chart,) = [chart for chart in charts if "loss/main" in chart.multiline.tag]
+    drawn = charted(written, ("Multiline", loss_chart.multiline.tag))
+    assert drawn == {"loss/main", "loss/mtp_1", "loss/mtp_2"}, drawn
     for tag in (tag for chart in charts for tag in chart.multiline.tag):
         assert any(re.match(tag, name) for name in written), f"{tag} is charted but matches none of {written}"
 
@@ -148,14 +149,15 @@ def test_layers_share_one_chart_and_so_do_auxiliary_losses():
 
 
 def layout(**settings):
-    """Of a model of one depth with experts, if ``settings`` do not say otherwise."""
-    usual = {"has_experts": True, "aux_losses": False, "ep": 1, "fp8": False, "timelines": False}
-    return chart_layout(1, **(usual | settings))
+    """Of a model with MTP and experts, if ``settings`` do not say otherwise."""
+    usual = {"has_mtp": True, "has_experts": True, "aux_losses": False, "ep": 1, "fp8": False, "timelines": False}
+    return chart_layout(**(usual | settings))
 
 
 def test_charts_are_those_the_run_fills():
     """Empty charts: none of experts for a dense model, none of the all-to-all where no rank shares its experts."""
     assert layout(has_experts=False).keys() == {"Loss", "MTP", "Throughput", "Memory"}
+    assert layout(has_mtp=False).keys() == {"Loss", "MoE", "Throughput", "Memory"}
     added = layout(fp8=True, timelines=True).keys() - layout().keys()
     assert added == {"FP8", "Pipeline"}, added
     usual = layout()["MoE"]
@@ -166,6 +168,15 @@ def test_charts_are_those_the_run_fills():
         charts = layout(**setting)["MoE"]
         tags = [tag for title in charts.keys() - usual.keys() for tag in charts[title][1]]
         assert sorted(tags) == expected, f"{setting}: {tags}"
+
+
+def test_runs_share_their_charts():
+    """TensorBoard adds up the layouts of all runs and knows a chart again only if it is equal: else it stands there twice."""
+    everything = layout(aux_losses=True, ep=2, fp8=True, timelines=True)
+    for fewer in ({"has_mtp": False}, {"has_experts": False}, {"ep": 4, "fp8": True}, {"timelines": True}):
+        for category, charts in layout(**fewer).items():
+            different = {title for title, chart in charts.items() if everything[category][title] != chart}
+            assert not different, f"{fewer}: {category} has other lines in {different}"
 
 
 def test_stages_share_one_chart_and_so_do_ranks():
@@ -316,3 +327,12 @@ def test_missing_picture_leaves_the_rest(tmp_path):
     board.close()
     assert len(reports) == 1, f"{len(reports)} reports: {reports}"
     assert "loss/main" in load(tmp_path).Tags()["scalars"], "scalars stopped with the picture"
+
+
+def test_every_metric_is_explained():
+    """docs/monitoring.md has each metric and its tag, so that nobody has to read this package to know what a line is."""
+    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    drawn = {**TAGS, **{key: tag for key, (tag, _) in SCALED_TAGS.items()}, **STEP_SHARE_TAGS}
+    for key, tag in drawn.items():
+        for name in (key.format(k="K"), re.sub(r"\{k.*?\}", "KK" if "layer" in tag else "K", tag)):
+            assert f"`{name}`" in page, f"{name} of {key} is not in docs/monitoring.md"

@@ -13,7 +13,7 @@ from dist_mtp.cli.plan import main, summary
 from dist_mtp.config import resolve
 from dist_mtp.pipeline.devices import PROFILES
 from dist_mtp.pipeline.memory import RankMemory
-from dist_mtp.pipeline.node_traffic import data_traffic, expert_traffic, pipeline_traffic
+from dist_mtp.pipeline.node_traffic import data_traffic, embedding_traffic, expert_traffic, pipeline_traffic
 from dist_mtp.pipeline.nodes import NodePlan, on_nodes, place_on_nodes, placement_warnings, ranks_per_node
 from dist_mtp.pipeline.plan import make_plan
 
@@ -83,6 +83,8 @@ class TestTraffic:
     def test_is_that_of_all_pairs(self, pp: int, dp: int, ep: int, size: int) -> None:
         plan = place_on_nodes(pp, dp, ep, size)
         messages, gradients, tokens = [], [], []
+        copies_of = [(d, (pp - 1) * dp + d) for d in range(dp)]
+        embeddings = [(a, b, 30.0) for pair in copies_of for a, b in (pair, pair[::-1])]
         for a, b in zip(v_shape(pp), v_shape(pp)[1:], strict=False):
             for d in range(dp) if a != b else ():
                 messages += [(a * dp + d, b * dp + d, 10.0), (b * dp + d, a * dp + d, 10.0)]
@@ -102,6 +104,7 @@ class TestTraffic:
         for found, expected in (
             (pipeline_traffic(plan, v_shape(pp), 10), counted(plan, messages)),
             (data_traffic(plan, [memory(p, 600, 120) for p in range(pp)]), counted(plan, gradients)),
+            (embedding_traffic(plan, 30), counted(plan, embeddings)),
             (expert_traffic(plan, [7] * pp if ep > 1 else []), counted(plan, tokens)),
         ):
             seen = (found.links, found.crossing_links, found.crossing_bytes, found.busiest_node_bytes)
@@ -118,6 +121,26 @@ class TestTraffic:
         assert plan.experts is not None
         tokens = plan.traffic[-1]
         assert (tokens.kind, plan.experts.within_node) == ("experts", tokens.crossing == "none"), tokens
+
+    def test_figures_by_hand(self) -> None:
+        """Two nodes of two ranks, one pipeline rank on each: 8 microbatches of 4 x 128 tokens, 128 wide, in fp32."""
+        layout = ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "launcher.ranks_per_node=2"]
+        common = ["model=tiny", "mtp.depth=1", "train.micro_batch_size=4", "train.seq_len=128", "train.micro_batches=8"]
+        last = ["pipeline.placement=last", "pipeline.schedule=1f1b"]
+        hidden = 8 * 4 * 128 * 128 * 4
+        embedding = 257 * 128 * 4
+        for more, links, from_a_node in (
+            # From each data rank of a node: hidden states over one of the V's two joints, gradients over the other.
+            ([], {"pipeline": 8, "data": 4, "experts": 4}, {"pipeline": 2 * 2 * hidden}),
+            # One joint: hidden states leave the first node, as many gradients the second one.
+            (last, {"pipeline": 4, "embedding": 4, "data": 4, "experts": 4}, {"pipeline": 2 * hidden, "embedding": 2 * embedding}),
+        ):  # fmt: skip
+            plan = make_plan(resolve(compose([*common, *layout, *more]), vocab_size=257))
+            assert {traffic.kind: traffic.links for traffic in plan.traffic} == links
+            found = {t.kind: t.busiest_node_bytes for t in plan.traffic if t.crossing_links}
+            assert found == from_a_node, f"{plan.placement}: {found} != {from_a_node}"
+            assert all(t.crossing_bytes == 2 * t.busiest_node_bytes for t in plan.traffic), "both nodes send as much"
+            assert ("embedding copies    all cross nodes" in summary(plan)) == bool(more), summary(plan)
 
     def test_of_2048_ranks_is_quick(self) -> None:
         plan = place_on_nodes(16, 128, 64, 8)

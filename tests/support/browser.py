@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -100,16 +102,18 @@ def browser(width: int, height: int) -> Iterator[Page]:
             }
             wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
             session = call("POST", f"{base}/session", wanted)["sessionId"]
-            try:
-                yield Page(f"{base}/session/{session}")
-            finally:
-                call("DELETE", f"{base}/session/{session}")
+            yield Page(f"{base}/session/{session}")
+            call("DELETE", f"{base}/session/{session}")
 
 
 @contextlib.contextmanager
-def served(command: list[str], ready_url: str) -> Iterator[str]:
-    """Address, without path, of a server that was started for this and answers at ``ready_url``."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+def served(command: list[str], ready_url: str, folder: Path | None = None) -> Iterator[str]:
+    """Address, without path, of a server that was started for this and answers at ``ready_url``; nothing that it has
+    started outlives this, not even the browser of a driver that crashed."""
+    nothing = subprocess.DEVNULL
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=nothing, stderr=nothing, stdin=nothing, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + START_S
         while not _answers(ready_url):
@@ -119,11 +123,11 @@ def served(command: list[str], ready_url: str) -> Iterator[str]:
         yield ready_url.rpartition("/")[0]
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def free_port() -> int:

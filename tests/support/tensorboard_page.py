@@ -49,7 +49,9 @@ return shown('tf-histogram-loader').map(card => ({
 }));
 """
 _TEXTS = """
-return shown('tf-text-loader').map(card => [card.run, card.tag, deep(card.shadowRoot, 'pre').map(text => text.innerText).join()]);
+return shown('tf-text-loader').map(card => [
+    card.run, card.tag, deep(card.shadowRoot, 'pre').map(text => text.innerText).join(),
+]);
 """
 _CELLS = "return shown('vaadin-grid-cell-content').map(cell => cell.innerText.trim()).filter(text => text);"
 
@@ -82,7 +84,11 @@ class Histogram:
 
 
 class TensorBoardPage:
-    """TensorBoard in a browser; every method opens its tab anew."""
+    """TensorBoard in a browser; every method opens its tab anew.
+
+    Cards come one by one, so each method is told how many there will be, and returns when these are complete, or, for the
+    caller to judge, what there is after :data:`LOAD_S`.
+    """
 
     def __init__(self, page: Page, address: str) -> None:
         self.page, self._address = page, address
@@ -102,35 +108,42 @@ class TensorBoardPage:
         self.page.script(f"{_DEEP} shown(arguments[0])[arguments[1]].{call};", selector, place)
 
     def charts(self, reached: Callable[[list[Chart]], bool]) -> list[Chart]:
-        """Those of the Custom Scalars tab, as soon as ``reached`` says so, or as they are when the time is up."""
+        """Those of the Custom Scalars tab, complete when ``reached`` says so."""
         self.open("custom_scalars")
         return [Chart(**chart) for chart in self._read(_CHARTS, lambda found: reached([Chart(**c) for c in found]))]
 
-    def images(self) -> list[Image]:
+    def images(self, number: int) -> list[Image]:
         self.open("images")
-        return [Image(**image) for image in self._read(_IMAGES, lambda found: all(i["width"] for i in found))]
+        cards = self._read(_IMAGES, lambda found: sum(card["width"] > 0 for card in found) >= number)
+        return [Image(**card) for card in cards]
 
-    def histograms(self) -> list[Histogram]:
+    def histograms(self, number: int) -> list[Histogram]:
         self.open("histograms")
-        return [Histogram(**card) for card in self._read(_HISTOGRAMS, lambda found: all(h["steps"] for h in found))]
+        cards = self._read(_HISTOGRAMS, lambda found: sum(card["steps"] > 0 for card in found) >= number)
+        return [Histogram(**card) for card in cards]
 
-    def texts(self) -> dict[tuple[str, str], str]:
+    def texts(self, number: int) -> dict[tuple[str, str], str]:
         """Preformatted text by run and tag."""
         self.open("text")
-        return {(run, tag): text for run, tag, text in self._read(_TEXTS, lambda found: all(card[2] for card in found))}
+        cards = self._read(_TEXTS, lambda found: sum(bool(text) for *_, text in found) >= number)
+        return {(run, tag): text for run, tag, text in cards}
 
     def hparams(self, rows: int) -> list[list[str]]:
-        """The table of the HParams tab, header first, once it has ``rows`` rows, or as it is when the time is up."""
+        """The table of the HParams tab, header first; each row begins with its run."""
         self.open("hparams")
 
         def table(cells: list[str]) -> list[list[str]]:
             ends = [i for i, cell in enumerate(cells) if cell.endswith("tensorboard")] + [len(cells)]
             return [cells[: ends[0]], *(cells[start:end] for start, end in itertools.pairwise(ends))]
 
-        return table(self._read(_CELLS, lambda found: len(table(found)) > rows))
+        def complete(cells: list[str]) -> bool:
+            header, *filled = table(cells)  # cells without a value are left out: rows are shorter than the header
+            return sum(len(row) > len(header) / 2 for row in filled) >= rows
+
+        return table(self._read(_CELLS, complete))
 
     def _read(self, script: str, complete: Callable[[Any], bool]) -> Any:
-        """The script's list, once it is there and ``complete``; incomplete, for the caller to judge, after :data:`LOAD_S`."""
+        """The script's list when it is ``complete``, or when :data:`LOAD_S` are over."""
 
         def found() -> Any:
             result = self.page.script(_DEEP + script)
@@ -145,7 +158,8 @@ class TensorBoardPage:
 def tensorboard_page(runs: Path, width: int, height: int) -> Iterator[TensorBoardPage]:
     """TensorBoard over the folder ``runs``, on the loopback interface, in a window of that many pixels."""
     address = f"http://127.0.0.1:{(port := free_port())}"
-    program = [str(Path(sys.executable).with_name("tensorboard")), "--logdir", str(runs)]
+    program = [str(Path(sys.executable).with_name("tensorboard")), "--logdir", runs.name]
     command = [*program, "--host", "127.0.0.1", "--port", str(port), "--reload_interval", "5"]
-    with served(command, f"{address}/data/environment"), browser(width, height) as page:
+    # The page shows the path as it was given.
+    with served(command, f"{address}/data/environment", folder=runs.parent), browser(width, height) as page:
         yield TensorBoardPage(page, address)
