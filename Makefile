@@ -65,7 +65,7 @@ $(READY)-torch: constraints.txt
 	@touch $@
 
 $(READY)-train: EXTRAS := corpus,bpe
-$(READY)-test: EXTRAS := corpus,bpe,test
+$(READY)-test: EXTRAS := test
 $(READY)-dev: EXTRAS := dev
 $(READY)-train $(READY)-test $(READY)-dev: $(READY)-torch pyproject.toml
 	@echo "installing dist-mtp[$(EXTRAS)]"

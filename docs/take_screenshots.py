@@ -1,6 +1,7 @@
-"""Pictures of docs/monitoring.md: TensorBoard in a browser over an example run and a sweep, and what ``dist-mtp plot`` draws.
+"""Pictures of docs/monitoring.md and docs/sweeps.md: TensorBoard in a browser over an example run and a sweep, and what
+``dist-mtp plot`` draws.
 
-    python docs/take_screenshots.py           # about four minutes on two cores; needs chromium and chromium-driver
+    python docs/take_screenshots.py           # about six minutes on two cores; needs chromium, chromium-driver, Optuna
 
 Everything is trained for this; ``--runs FOLDER`` keeps the runs, and does not repeat those that it holds.
 """
@@ -43,6 +44,14 @@ SWEEP = (
     "parallel.pp=1",
     "monitor.timeline_every=0",
 )
+SEARCH = (
+    "-m",
+    "hydra/sweeper=optuna",
+    "hydra.sweeper.n_trials=10",
+    "optim.lr=tag(log,interval(1e-4,1e-1))",
+    "mtp.depth=0,1",
+    *SWEEP[3:],
+)
 PLOTTED = ("losses", "acceptance", "expert_load", "expert_load_spread", "bubble", "fp8")
 TIMEOUT_S = 1200.0
 SETTLE_S = 2.0
@@ -57,16 +66,19 @@ def main() -> int:
         sys.exit(f"not installed: {', '.join(missing)} (Debian: chromium chromium-driver)")
     with tempfile.TemporaryDirectory(prefix="dist_mtp_screenshots_") as scratch:
         folder = (arguments.runs or Path(scratch)).resolve()
-        run, sweep = folder / "runs" / "example", folder / "sweep"
+        run, sweep, search = folder / "runs" / "example", folder / "sweep", folder / "search"
         if not (run / "result.json").exists():
             train(run, EXAMPLE)
-        if not (sweep / "summary.json").exists():
-            train(sweep, SWEEP)
+        for points, overrides in ((sweep, SWEEP), (search, SEARCH)):
+            if not (points / "summary.json").exists():
+                train(points, overrides)
         with tensorboard_page(run.parent, *WINDOW) as board:
             take_run(board)
         with tensorboard_page(sweep, *WINDOW) as board:
             take_sweep(board)
         plot(run)
+        copy(sweep / "summary.png", "sweep_grid")
+        copy(search / "summary.png", "sweep_search")
     return 0
 
 
@@ -135,8 +147,12 @@ def plot(run: Path) -> None:
         "run_timeline": run / "timeline.png"
     }
     for name, source in sources.items():
-        with Image.open(source) as picture:
-            write(picture.convert("RGB"), PICTURES / f"{name}.png")
+        copy(source, name)
+
+
+def copy(source: Path, name: str) -> None:
+    with Image.open(source) as picture:
+        write(picture.convert("RGB"), PICTURES / f"{name}.png")
 
 
 def write(picture: Image.Image, path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -45,8 +45,17 @@ def compose(overrides: Sequence[str]) -> Config:
             composed = hydra_compose("config", overrides=check_overrides(overrides))
         return from_composed(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        # The first line says what, the following ones what to write instead.
-        raise ConfigError(" ".join(line.strip() for line in str(error).splitlines()).strip()) from error
+        raise ConfigError(explain(error)) from error
+
+
+def explain(error: Exception) -> str:
+    """Hydra's message on one line, with the argument it is about, and what to do where that is ours to say."""
+    text = " ".join(line.strip() for line in str(error).splitlines()).strip()
+    if isinstance(error, OverrideParseException):
+        return f"'{error.override}' cannot be parsed: {text}"
+    if "BasicSweeper does not support sweep type" in text:
+        text += ": a grid needs values (a,b or range(1,5)); hydra/sweeper=optuna takes intervals"
+    return text
 
 
 def from_composed(composed: DictConfig) -> Config:

@@ -10,12 +10,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_mtp.cli.compose import register_schema
+from dist_mtp.cli.compose import explain, register_schema
 from dist_mtp.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_RANK_FAILURE, EXIT_TERMINATED, ConfigError
 from dist_mtp.monitor.sweep_points import PointRecord, read_records
 from dist_mtp.monitor.sweep_report import write_summary
 from dist_mtp.sweep.array import is_array, submit
-from dist_mtp.sweep.definition import Sweep, define, explain
+from dist_mtp.sweep.definition import Sweep, define
 from dist_mtp.sweep.folder import claimed, stop_on_signals, stopped_by
 from dist_mtp.sweep.task import run_point
 

@@ -185,11 +185,9 @@ def _draw_key(axes: Any, points: Sequence[PointSummary], key: str) -> None:
     def place(point: PointSummary) -> Any:
         return point.values[key] if numeric else texts.index(_text(point.values[key]))
 
-    ended = [point for point in known if point.objective is not None]
-    shades = [0.35 + 0.65 * point.number / max(1, len(points) - 1) for point in ended]
-    axes.scatter(
-        [place(p) for p in ended], [p.objective for p in ended], s=28, color=_BEST, alpha=shades, linewidths=0, zorder=3
-    )
+    for point in (point for point in known if point.objective is not None):
+        shade = 0.35 + 0.65 * point.number / max(1, len(points) - 1)
+        axes.scatter([place(point)], [point.objective], s=28, color=_BEST, alpha=shade, linewidths=0, zorder=3)
     _mark_failed(axes, [point for point in known if point.objective is None], place, _FAILED)
     if numeric:
         _scale(axes, _values(points, key))

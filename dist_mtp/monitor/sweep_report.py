@@ -158,7 +158,7 @@ def _summary(
         status = "running"
     if record is not None and noted and (result is None or (record.exit_code != 0 and exit_code == 0)):
         # Refused before it had a result of its own, or refused that result.
-        status, exit_code, message, objective = record.status, record.exit_code, record.message, None
+        status, exit_code, message, objective = record.status, record.exit_code, record.message or message, None
     last = rows[-1] if rows else {}
     usable = isinstance(objective, int | float) and math.isfinite(objective)
     return PointSummary(

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_mtp.cli.compose import check_overrides, compose, refuse_targets, register_schema
+from dist_mtp.cli.compose import check_overrides, compose, explain, refuse_targets, register_schema
 from dist_mtp.config import Config, from_mapping
 from dist_mtp.errors import ConfigError
 from dist_mtp.sweep.plugins import check_composed, plugin_defaults
@@ -162,14 +162,6 @@ def _hydra() -> Iterator[Any]:
             yield GlobalHydra.instance().hydra
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
-
-
-def explain(error: Exception) -> str:
-    """Hydra's message on one line, and what to do where that is ours to say."""
-    text = " ".join(line.strip() for line in str(error).splitlines()).strip()
-    if "BasicSweeper does not support sweep type" in text:
-        text += ": a grid needs values (a,b or range(1,5)); hydra/sweeper=optuna takes intervals"
-    return text
 
 
 def _grid(given: Sequence[Any]) -> list[list[str]]:
