@@ -12,7 +12,6 @@ and its end means that the launcher is gone.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import errno
 import json
@@ -27,25 +26,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import psutil
-
-from dist_mtp.config import Config, config_hash, from_mapping, resolve, to_dict
+from dist_mtp.config import Config, from_mapping, resolve, to_dict
 from dist_mtp.data.corpus import prepare
 from dist_mtp.data.tokenizers import tokenizer_vocab_size
 from dist_mtp.errors import EXIT_CONFIG, EXIT_RANK_FAILURE, ConfigError, DistMtpError
 from dist_mtp.launch.cluster import settled
 from dist_mtp.launch.command import rank_arguments
 from dist_mtp.launch.facts import node_facts, token_file
+from dist_mtp.launch.hosts import is_this_machine
 from dist_mtp.launch.membership import Membership, RefusedError
-from dist_mtp.launch.outcome import STOPPED, Outcome, report
+from dist_mtp.launch.messages import Message
+from dist_mtp.launch.outcome import STOPPED, Outcome, report, stopped_before_training
 from dist_mtp.launch.ranks import Place, kill_ranks, run_ranks
 from dist_mtp.launch.roll_call import RollCall
+from dist_mtp.launch.signals import handled
 from dist_mtp.launcher_checks import parse_endpoint
 from dist_mtp.run_folder import CONFIG_FILE, prepare_run_folder, read_config
 
+BEGAN = "the launchers have met"
+"""Told to the launcher that has started this one by ssh, and so can tell a host that it lost from one it never reached."""
 SHARED_S = 10.0
 """Network file systems may show a new file this late."""
-EXIT_S = 20.0
+EXIT_S = 10.0
 """torchrun may sit in a rendezvous that nobody will come to; after this long the process ends without it."""
 
 
@@ -71,6 +73,10 @@ class Node:
 class _Stopped(BaseException):
     """A signal came before there were ranks to pass it on to."""
 
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
 
 def run_node(node: Node) -> int:
     """Take part in the run from roll call to verdict; returns the run's exit code, the same on all nodes.
@@ -78,43 +84,47 @@ def run_node(node: Node) -> int:
     Raises:
         DistMtpError: the nodes did not come together, or the first one could not prepare the run.
     """
-    ended = threading.Event()
-    membership = Membership(
-        node.endpoint,
-        node_timeout_s=node.config.launcher.node_timeout_s,
-        on_stop=lambda verdict: threading.Thread(target=_end_ranks, args=(ended, verdict["code"]), daemon=True).start(),
-    )
-    roll_call = None
-    with _signals(_raise_stopped):
+    # Seconds of work that would hold up this node's beats later.
+    import torch.distributed.launcher.api  # noqa: F401
+
+    with handled(_raise_stopped):
+        roll_call = _open_roll_call(node)
+        # The ranks meet where the launchers did: that node is the first, whoever announces itself before. Its own name may
+        # not be known to itself yet.
+        wanted_rank, host = (node.node_rank, node.endpoint[0]) if roll_call is None else (0, "127.0.0.1")
+        membership = Membership((host, node.endpoint[1]), node_timeout_s=node.config.launcher.node_timeout_s)
         try:
-            roll_call = _open_roll_call(node)
-            # The ranks meet where the launchers did: that node is the first, whoever announces itself before.
-            wanted_rank = node.node_rank if roll_call is None else 0
             membership.join(_announcement(node, wanted_rank), node.config.launcher.join_timeout_s)
             if roll_call is not None:
                 _start_all(node, roll_call)
+            ended = threading.Event()
+            membership.on_stop = lambda verdict: threading.Thread(
+                target=_end_ranks, args=(node, membership, ended, verdict), daemon=True
+            ).start()
             assignment = membership.wait_for_start()
+        except _Stopped as stopped:
+            end = stopped_before_training(128 + stopped.number)
+            membership.leave(end.code, end.message)
+            _leave(membership, roll_call, "the first node was stopped by a signal", end.code)
+            return end.code
         except BaseException as error:
-            if roll_call is not None:
-                stopped = isinstance(error, _Stopped)
-                text = "the first node was stopped by a signal" if stopped else str(error) or type(error).__name__
-                roll_call.refuse(text, getattr(error, "exit_code", EXIT_CONFIG))
-                time.sleep(0.2)  # let the refusals leave
-                roll_call.close()
-            membership.close()
-            if isinstance(error, _Stopped):
-                return 128 + int(error.args[0])
+            _leave(
+                membership,
+                roll_call,
+                str(error) or type(error).__name__,
+                getattr(error, "exit_code", EXIT_RANK_FAILURE),
+            )
             raise
-    place = Place(
-        nodes=len(membership.nodes),
-        node_rank=membership.node_rank,
-        ranks=node.ranks,
-        master=(membership.nodes[0]["address"], assignment["master_port"]),
-    )
-    outcome = _run(node, place, assignment)
-    ended.set()
-    with _signals(lambda number, frame: None):  # the ranks have ended; the verdict is near
-        verdict = membership.finish(outcome.code, outcome.message or _said_elsewhere(outcome), outcome.blame)
+        if node.quiet:
+            print(BEGAN, file=sys.stderr, flush=True)
+        try:
+            outcome = _run(node, membership, assignment)
+        except _Stopped as stopped:
+            outcome = stopped_before_training(128 + stopped.number)
+        ended.set()
+        with handled(lambda number, frame: None):  # the ranks have ended; the verdict is near
+            message = outcome.message or _said_elsewhere(outcome)
+            verdict = membership.finish(outcome.code, message, outcome.blame, agreed=outcome.agreed)
     time.sleep(0.2 if roll_call is not None else 0)  # let the verdict leave
     membership.close()
     if roll_call is not None:
@@ -122,11 +132,25 @@ def run_node(node: Node) -> int:
         token_file(node.config.run_dir, assignment["shared_token"]).unlink(missing_ok=True)
     own_word = outcome.code == verdict["code"] and not outcome.message
     final = outcome if own_word else Outcome(verdict["code"], verdict["message"])
+    _tell(node, membership, final)
+    return final.code
+
+
+def _leave(membership: Membership, roll_call: RollCall | None, reason: str, code: int) -> None:
+    """Before ranks were started; the first node takes the others along."""
+    if roll_call is not None:
+        roll_call.refuse(reason, code)
+        time.sleep(0.2)  # let the refusals leave
+        roll_call.close()
+    membership.close()
+
+
+def _tell(node: Node, membership: Membership, final: Outcome) -> None:
+    """Say how the run ended."""
     if membership.node_rank == 0:
         report(node.config, final)
     elif not node.quiet and final.message:
         print(f"error: {final.message}" if final.code not in STOPPED else final.message, file=sys.stderr)
-    return final.code
 
 
 def _open_roll_call(node: Node) -> RollCall | None:
@@ -166,7 +190,7 @@ def _announcement(node: Node, wanted_rank: int | None) -> dict[str, Any]:
         "node_rank": wanted_rank,
         "ranks": node.ranks,
         "facts": node_facts(),
-        "config_hash": config_hash(config),
+        "config": to_dict(config),
     }
 
 
@@ -190,8 +214,14 @@ def _start_all(node: Node, roll_call: RollCall) -> None:
     roll_call.start(config=to_dict(config), corpus=str(corpus), shared_token=shared_token, master_port=master_port)
 
 
-def _run(node: Node, place: Place, assignment: dict[str, Any]) -> Outcome:
+def _run(node: Node, membership: Membership, assignment: dict[str, Any]) -> Outcome:
     """This node's ranks, unless it does not see the first node's files."""
+    place = Place(
+        nodes=len(membership.nodes),
+        node_rank=membership.node_rank,
+        ranks=node.ranks,
+        master=(membership.nodes[0]["address"], assignment["master_port"]),
+    )
     config = from_mapping(assignment["config"])
     shared = token_file(config.run_dir, assignment["shared_token"])
     deadline = time.monotonic() + SHARED_S
@@ -210,39 +240,20 @@ def _run(node: Node, place: Place, assignment: dict[str, Any]) -> Outcome:
         return Outcome(EXIT_RANK_FAILURE, f"the ranks of {socket.gethostname()} could not be started: {error}", blame=4)
 
 
-def _end_ranks(ended: threading.Event, code: int) -> None:
+def _end_ranks(node: Node, membership: Membership, ended: threading.Event, verdict: Message) -> None:
     """After a verdict from outside: the ranks cannot end by themselves, their peers are gone."""
     deadline = time.monotonic() + EXIT_S
     while not ended.is_set():
         kill_ranks()
         if time.monotonic() > deadline:
-            os._exit(code)
+            _tell(node, membership, Outcome(verdict["code"], verdict["message"]))
+            sys.stderr.flush()
+            os._exit(verdict["code"])
         ended.wait(0.2)
 
 
 def _said_elsewhere(outcome: Outcome) -> str:
     return "" if outcome.code in (0, *STOPPED) else f"rank 0 ended with exit code {outcome.code}: it has said why"
-
-
-def is_this_machine(host: str) -> bool:
-    """Whether ``host`` is a name or an address of this machine."""
-    try:
-        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET)}
-    except OSError:
-        return False
-    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
-    return any(address in own or address.startswith("127.") for address in found)
-
-
-@contextlib.contextmanager
-def _signals(handler: Any) -> Any:
-    """Handle SIGTERM and SIGINT with ``handler`` for a while."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 def _raise_stopped(number: int, frame: object) -> NoReturn:

@@ -6,7 +6,7 @@ import dataclasses
 
 from dist_mtp.config import Config
 from dist_mtp.errors import ConfigError
-from dist_mtp.launch.hosts import Node, named_nodes
+from dist_mtp.launch.hosts import Node, is_loopback, named_nodes
 from dist_mtp.launcher_checks import DEFAULT_PORT
 
 SEVERAL_NODES = ("torchrun", "deepspeed", "slurm")
@@ -44,6 +44,11 @@ def plan_cluster(config: Config, *, gpus: int) -> Cluster:
     nodes = len(named) or launcher.nodes
     if named and launcher.nodes not in (1, nodes):
         raise ConfigError(f"launcher.nodes={launcher.nodes}, but {nodes} hosts are named: remove launcher.nodes")
+    if nodes > 1 and named and is_loopback(named[0].host):
+        raise ConfigError(
+            f"the first of {nodes} hosts is {named[0].host}, where each of the others would find itself: give this machine's name "
+            "or address as the others know it"
+        )
     if launcher.min_nodes is not None and launcher.min_nodes > nodes:
         raise ConfigError(f"launcher.min_nodes={launcher.min_nodes} exceeds the {nodes} nodes that are named")
     ranks = launcher.ranks_per_node or _slots(named)

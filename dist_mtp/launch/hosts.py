@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import socket
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from dist_mtp.errors import ConfigError
 from dist_mtp.launcher_checks import check_host
@@ -65,6 +68,21 @@ def named_nodes(hosts: Sequence[str], hostfile: str | None) -> tuple[Node, ...]:
         return read_hostfile(hostfile)
     _check_different(hosts, "launcher.hosts")
     return tuple(Node(host, None) for host in hosts)
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether ``host`` is a name or an address of this machine."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET)}
+    except OSError:
+        return False
+    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    return any(address in own or is_loopback(address) for address in found)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is another machine on every machine."""
+    return host == "localhost" or host.startswith("127.")
 
 
 def _check_different(hosts: Sequence[str], where: str) -> None:

@@ -14,8 +14,11 @@ from dist_mtp.errors import EXIT_RANK_FAILURE, ConfigError, DistMtpError
 from dist_mtp.launch.messages import Connection, Message, connect
 from dist_mtp.launch.roll_call import BEAT_S, SETTLE_S
 
-NAME_S = 10.0
-"""Names of machines that have just been started, as by Kubernetes, become known this late."""
+NAME_SHARE = 1 / 3
+"""Of the time to join in which an unknown name is asked for again: machines that are just starting, as under Kubernetes, have
+none yet."""
+WELCOME_S = 5.0
+"""A roll call answers an announcement at once; what does not is another program."""
 PROBE_TIMEOUT_S = 3.0
 MAX_PROBES = 64
 """Nodes that are tried when something broke; more would say the same."""
@@ -35,13 +38,12 @@ class Membership:
     Args:
         endpoint: where the first node listens.
         node_timeout_s: silence after which another node counts as lost.
-        on_stop: called once, from another thread, when this node's ranks must end although they did not by themselves.
     """
 
-    def __init__(
-        self, endpoint: tuple[str, int], *, node_timeout_s: float, on_stop: Callable[[Message], object]
-    ) -> None:
-        self._endpoint, self._node_timeout_s, self._on_stop = endpoint, node_timeout_s, on_stop
+    def __init__(self, endpoint: tuple[str, int], *, node_timeout_s: float) -> None:
+        self._endpoint, self._node_timeout_s = endpoint, node_timeout_s
+        self.on_stop: Callable[[Message], object] = lambda verdict: None
+        """Called once, from another thread, when this node's ranks must end although they did not by themselves."""
         self._connection: Connection | None = None
         self._verdict: Message | None = None
         self._decided = threading.Event()
@@ -66,7 +68,7 @@ class Membership:
                 self._connection = connect(host, port, timeout_s=min(5.0, max(0.1, deadline - time.monotonic())))
                 break
             except socket.gaierror as error:
-                if time.monotonic() < min(deadline, began + NAME_S):
+                if time.monotonic() < began + NAME_SHARE * timeout_s:
                     time.sleep(0.25)
                     continue
                 raise ConfigError(
@@ -82,9 +84,13 @@ class Membership:
                     ) from error
                 time.sleep(0.25)
         self._connection.send("join", probe_port=self._prober.getsockname()[1], **announcement)
-        message = self._receive_within(timeout_s)
+        message = self._receive_within(WELCOME_S)
         if message is None or message["kind"] != "welcome":
-            raise _refusal(message, f"{host}:{port} is in use by a program that is no launcher of dist_mtp")
+            text = (
+                f"{host}:{port} is in use by a program that is no launcher of dist_mtp: end it, or choose another port with "
+                f"launcher.rendezvous={host}:PORT"
+            )
+            raise _refusal(message, text)
 
     def wait_for_start(self) -> Message:
         """The first node's word that ranks shall start, with what it assigned.
@@ -102,12 +108,21 @@ class Membership:
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
         return message
 
-    def finish(self, code: int, message: str, blame: int) -> Message:
-        """Report how this node's ranks ended and wait for the run's verdict: ``code`` and ``message``."""
+    def leave(self, code: int, message: str) -> None:
+        """Say why this node has no ranks, although it joined."""
+        if self._connection is not None:
+            self._connection.send("ended", code=code, message=message, blame=0, agreed=False)
+
+    def finish(self, code: int, message: str, blame: int, *, agreed: bool = True) -> Message:
+        """Report how this node's ranks ended and wait for the run's verdict: ``code`` and ``message``.
+
+        Args:
+            code, message, blame, agreed: see :class:`dist_mtp.launch.outcome.Outcome`.
+        """
         assert self._connection is not None, "join() comes first"
         if blame > 0 and not self._decided.is_set() and (unreachable := self.unreachable()):
             message, blame = f"{message}; {', '.join(unreachable)}", min(blame, 2)
-        self._connection.send("ended", code=code, message=message, blame=blame)
+        self._connection.send("ended", code=code, message=message, blame=blame, agreed=agreed)
         # The others may be at work for as long as they like: their launchers show signs of life until they have ended.
         self._decided.wait()
         assert self._verdict is not None
@@ -207,7 +222,7 @@ class Membership:
             return
         self._verdict = {"code": verdict["code"], "message": verdict["message"]}
         if stop:
-            self._on_stop(self._verdict)
+            self.on_stop(self._verdict)
         self._decided.set()
 
 

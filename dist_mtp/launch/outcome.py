@@ -42,6 +42,8 @@ class Outcome:
     """Which of several nodes' ends is the cause of the others: the least. 0: a rank said why it ended or was refused, 1: it
     was killed from outside, 2: it failed and another node cannot be reached, 3: it failed, 4: it was stopped because of
     another."""
+    agreed: bool = True
+    """After a signal: all ranks of the run have agreed to stop. If not, those of other nodes wait for this node's."""
 
 
 def training_began(config: Config) -> int | None:
@@ -79,7 +81,12 @@ def _explain_no_result(code: int, *, trained: bool) -> Outcome:
     if trained:
         text = "the run was stopped by a signal, but a rank died or hung before a checkpoint was committed"
         return Outcome(EXIT_RANK_FAILURE, text, blame=3)
-    return Outcome(code, "stopped by a signal before training began: there was nothing to save")
+    return stopped_before_training(code)
+
+
+def stopped_before_training(code: int) -> Outcome:
+    text = "stopped by a signal before training began: there was nothing to save"
+    return Outcome(code, text, agreed=False)
 
 
 def explain_failure(config: Config, failures: Mapping[int, Any]) -> Outcome:

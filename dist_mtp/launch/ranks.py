@@ -30,7 +30,7 @@ class Place:
     ranks: int = 1
     """That this node starts."""
     master: tuple[str, int] = ("127.0.0.1", 0)
-    """Address and port on the first node where ranks meet; port 0 chooses a free one and needs a single node."""
+    """Address and port on the first node where ranks of several nodes meet."""
 
     @property
     def first_rank(self) -> int:
@@ -58,7 +58,8 @@ def run_ranks(config: Config, arguments: Sequence[str], place: Place) -> Outcome
         nproc_per_node=place.ranks,
         run_id=config.run_name,
         rdzv_backend="c10d" if single else "static",
-        rdzv_endpoint=f"{place.master[0]}:{place.master[1]}",
+        # torch does not recognise a machine by its own address if its name means 127.0.1.1, as on Debian: nobody would listen.
+        rdzv_endpoint="127.0.0.1:0" if single else f"{place.master[0]}:{place.master[1]}",
         rdzv_configs={} if single else {"rank": place.node_rank, "timeout": int(config.launcher.join_timeout_s) + 60},
         local_addr="127.0.0.1" if single else None,
         max_restarts=0,

@@ -13,17 +13,18 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from dist_mtp.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_RANK_FAILURE, EXIT_TERMINATED, ConfigError
 from dist_mtp.launch.facts import compare_facts
 from dist_mtp.launch.messages import Connection, Message
+from dist_mtp.same_run import changed_keys
 
 BEAT_S = 1.0
 """Between two signs of life."""
-ORDERLY = (EXIT_DONE, EXIT_INTERRUPTED, EXIT_TERMINATED)
-"""Ends that leave the other nodes to end by themselves: all ranks agreed to stop."""
+_ORDERLY = (EXIT_DONE, EXIT_INTERRUPTED, EXIT_TERMINATED)
 SETTLE_S = 3.0
 """When a rank dies its peers fail as well. This long reports are collected before one is taken for the cause."""
 
@@ -42,7 +43,8 @@ class Member:
     probe_port: int
     """Other launchers may connect here to see whether the way is open."""
     facts: dict[str, Any]
-    config_hash: str
+    config: dict[str, Any]
+    """As composed there."""
     node_rank: int = -1
     heard: float = field(default_factory=time.monotonic)
     report: Message | None = None
@@ -137,6 +139,8 @@ class RollCall:
     def close(self) -> None:
         with self._changed:
             self._open = False
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # a blocked accept() would keep the port
         self._listener.close()
         for member in self.members:
             member.connection.close()
@@ -168,7 +172,7 @@ class RollCall:
                 wanted_rank=message["node_rank"],
                 probe_port=int(message["probe_port"]),
                 facts=dict(message["facts"]),
-                config_hash=str(message["config_hash"]),
+                config=dict(message["config"]),
             )
         except (KeyError, TypeError, ValueError):
             connection.close()  # not an announcement of ours
@@ -213,8 +217,9 @@ class RollCall:
 
     def _too_few(self, members: Sequence[Member]) -> str:
         came = ", ".join(f"{m.host} ({m.address})" for m in members) or "none"
-        missing = [host for host in self._expected if host not in {m.host for m in members}]
-        who = f"missing: {', '.join(missing)}" if missing and len(missing) < self._nodes else ""
+        ranks = {member.wanted_rank for member in members}
+        missing = [host for rank, host in enumerate(self._expected) if rank not in ranks]
+        who = f"missing: {', '.join(missing)}" if missing else ""
         return (
             f"{len(members)} of {self._nodes} nodes came within launcher.join_timeout_s={self._join_timeout_s:g}: {came}"
             f"{'; ' if who else ''}{who}. Start the same command on the others, see that they reach port {self.port} of this "
@@ -231,7 +236,7 @@ class RollCall:
                 self._changed.wait(BEAT_S if self._first_failure is None else 0.2)
                 self._note_silence()
                 self.verdict = self._judge()
-        kind = "done" if self.verdict["code"] in ORDERLY else "stop"
+        kind = "done" if all(_ends_alone(member.report) for member in self.members) else "stop"
         for member in self.members:
             member.connection.send(kind, **self.verdict)
 
@@ -249,7 +254,7 @@ class RollCall:
     def _judge(self) -> Message | None:
         """The run's end, once it is clear."""
         reports = [m.report for m in self.members if m.report is not None]
-        failures = [report for report in reports if report["code"] not in ORDERLY]
+        failures = [report for report in reports if not _ends_alone(report)]
         if failures:
             if self._first_failure is None:
                 self._first_failure = time.monotonic()
@@ -261,6 +266,11 @@ class RollCall:
             return None
         code = min((report["code"] for report in reports if report["code"]), default=EXIT_DONE)
         return {"code": code, "message": next((r["message"] for r in reports if r["code"] == code), "")}
+
+
+def _ends_alone(report: Message | None) -> bool:
+    """Whether the node's end leaves the others to end by themselves, because all ranks were done or agreed to stop."""
+    return report is not None and report["code"] in _ORDERLY and report.get("agreed", True)
 
 
 def _explain_silence(silent: Sequence[Member], members: Sequence[Member], silent_s: float) -> str:
@@ -299,11 +309,12 @@ def _check_alike(members: Sequence[Member]) -> None:
     first = members[0]
     if problems := compare_facts({f"{m.host} (node {m.node_rank})": m.facts for m in members}):
         raise ConfigError("; ".join(problems))
-    others = [m.host for m in members if m.config_hash != first.config_hash]
-    if others:
-        raise ConfigError(
-            f"{', '.join(others)} composed another configuration than {first.host}: give the same command on every node"
-        )
+    for member in members:
+        if changed := changed_keys(first.config, member.config):
+            keys = ", ".join(f"{key} {theirs} instead of {ours}" for key, (ours, theirs) in changed.items())
+            raise ConfigError(
+                f"{member.host} composed another configuration than {first.host} ({keys}): give the same command on every node"
+            )
     unequal = {m.host: m.ranks for m in members if m.ranks != first.ranks}
     if unequal:
         text = ", ".join(f"{host} {ranks}" for host, ranks in unequal.items())

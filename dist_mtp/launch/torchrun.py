@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -25,9 +24,11 @@ from dist_mtp.errors import (
     EXIT_TERMINATED,
     ConfigError,
 )
-from dist_mtp.launch.agent import Node, is_this_machine, run_node
+from dist_mtp.launch.agent import BEGAN, Node, run_node
 from dist_mtp.launch.cluster import Cluster
+from dist_mtp.launch.hosts import is_this_machine
 from dist_mtp.launch.remote import CONNECT_S, explain_ssh, ssh_command
+from dist_mtp.launch.signals import handled
 from dist_mtp.launcher_checks import parse_endpoint
 
 END_S = 5.0
@@ -126,7 +127,12 @@ def _run_all(config: Config, cluster: Cluster) -> int:
                 raise ConfigError(f"{command[0]} is not installed on this machine: install OpenSSH's client") from error
             started.append(_Started(host, process, said))
             started[-1].tell(introduction)
-        with _signals_passed_on(started):
+
+        def pass_on(number: int, frame: object) -> None:
+            for node in started:
+                node.tell(f"signal {number}")
+
+        with handled(pass_on):
             return _wait(started)
 
 
@@ -164,24 +170,14 @@ def _code(started: Sequence[_Started]) -> int:
     first = codes[0]
     if first in _RAN:
         return int(first)
-    if never := [node for node in _unreached(started) if (node.code or 0) > 0]:
-        for node in never:
+    if gone := [node for node in _unreached(started) if (node.code or 0) > 0]:
+        if any(BEGAN in node.errors.splitlines() for node in started):
+            lost = ", ".join(node.host for node in gone)
+            print(f"error: the connection to {lost} was lost after the run had begun: see its logs", file=sys.stderr)
+            return EXIT_RANK_FAILURE
+        for node in gone:
             print(f"error: {explain_ssh(node.host, node.code or 0, node.errors)}", file=sys.stderr)
         return EXIT_CONFIG
     if first in _DOCUMENTED:
         return int(first or 0)
     return next((code for code in codes if code in _DOCUMENTED and code), EXIT_RANK_FAILURE)
-
-
-@contextlib.contextmanager
-def _signals_passed_on(started: Sequence[_Started]) -> Iterator[None]:
-    def pass_on(number: int, frame: object) -> None:
-        for node in started:
-            node.tell(f"signal {number}")
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

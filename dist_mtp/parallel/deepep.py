@@ -27,7 +27,8 @@ class DeepEPDispatcher:
     def __init__(self, config: Config, group: dist.ProcessGroup) -> None:
         from deepspeed.module_inject import auto_ep_comm
 
-        dist.barrier(group=group)  # DeepEP joins the communicator, which NCCL creates with the first collective
+        # DeepEP joins the communicator, which NCCL creates with its first collective. A barrier of ours is gloo's.
+        dist.all_reduce(torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu"), group=group)
         self.exchange = auto_ep_comm.shared_exchange(
             scope=0,
             ep_group=group,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_mtp.errors import ConfigError
+from dist_mtp.launch.signals import handled
 from dist_mtp.monitor.atomic import replace_text
 from dist_mtp.monitor.sweep_points import RECORDS, read_records
 from dist_mtp.run_folder import lock_run_folder
@@ -78,12 +79,8 @@ def stop_on_signals(folder: Path) -> Iterator[None]:
                 if number != signal.SIGINT or os.getpgid(record.pid) != os.getpgrp():
                     os.kill(record.pid, signal.SIGTERM)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with handled(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def stopped_by(folder: Path) -> int | None:

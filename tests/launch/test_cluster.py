@@ -57,8 +57,10 @@ class TestNumbers:
             ([TWO, "parallel.pp=3", "parallel.dp=1"], "3 ranks do not spread evenly over 2 nodes"),
             ([TWO], "cannot tell how many ranks each of 2 nodes starts"),
             (["launcher.hosts=[node0,node0]"], "launcher.hosts names node0 twice"),
+            (["launcher.hosts=[localhost,node1]"], "where each of the others would find itself"),
+            (["launcher.hosts=[127.0.0.1,node1]"], "where each of the others would find itself"),
         ],
-        ids=["nodes", "product", "uneven", "unknown", "twice"],
+        ids=["nodes", "product", "uneven", "unknown", "twice", "localhost", "loopback"],
     )
     def test_contradictions(self, overrides: list[str], words: str) -> None:
         with pytest.raises(ConfigError) as caught:

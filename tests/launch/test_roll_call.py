@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -36,7 +36,8 @@ class Node:
     def __init__(self, port: int, *, host: str, **announced: Any) -> None:
         self.host = host
         self.stopped: list[Message] = []
-        self.membership = Membership(("127.0.0.1", port), node_timeout_s=SILENCE_S, on_stop=self.stopped.append)
+        self.membership = Membership(("127.0.0.1", port), node_timeout_s=SILENCE_S)
+        self.membership.on_stop = self.stopped.append
         self.announced = {
             "run": RUN,
             "token": "",
@@ -44,7 +45,7 @@ class Node:
             "node_rank": None,
             "ranks": 2,
             "facts": {"torch": "2.13.0"},
-            "config_hash": "a",
+            "config": {"train": {"seed": 1, "steps": 9}},
         } | announced
         self.error: Exception | None = None
         self.verdict: Message | None = None
@@ -57,8 +58,8 @@ class Node:
         except Exception as error:
             self.error = error
 
-    def end(self, code: int, message: str = "", blame: int = 0) -> None:
-        self.verdict = self.membership.finish(code, message, blame)
+    def end(self, code: int, message: str = "", blame: int = 0, *, agreed: bool = True) -> None:
+        self.verdict = self.membership.finish(code, message, blame, agreed=agreed)
 
 
 class Meeting:
@@ -72,7 +73,13 @@ class Meeting:
         self.call: RollCall | None = None
 
     def open(
-        self, nodes: int, *, min_nodes: int | None = None, join_timeout_s: float = WAIT_S, token: str = ""
+        self,
+        nodes: int,
+        *,
+        min_nodes: int | None = None,
+        join_timeout_s: float = WAIT_S,
+        token: str = "",
+        expected: Sequence[str] = (),
     ) -> RollCall:
         self.call = RollCall(
             self.port,
@@ -82,6 +89,7 @@ class Meeting:
             token=token,
             join_timeout_s=join_timeout_s,
             node_timeout_s=SILENCE_S,
+            expected=expected,
         )
         return self.call
 
@@ -117,9 +125,9 @@ class Meeting:
             time.sleep(0.01)
         return node.stopped
 
-    def refusal(self, count: int, **timeouts: float) -> tuple[str, list[Exception | None]]:
+    def refusal(self, count: int, **settings: Any) -> tuple[str, list[Exception | None]]:
         """What the first node raises and what all the others get."""
-        call = self.call or self.open(count, **timeouts)  # type: ignore[arg-type]
+        call = self.call or self.open(count, **settings)
         found: list[ConfigError] = []
 
         def gather() -> None:
@@ -167,6 +175,13 @@ class TestGathering:
         assert isinstance(told, RefusedError)
         assert (str(told), told.exit_code) == (said, EXIT_CONFIG)
 
+    def test_who_is_missing(self, meeting: Meeting) -> None:
+        """By the name that the user gave, whatever the machines that came call themselves."""
+        meeting.node("a.example.org", node_rank=0)
+        meeting.node("b.example.org", node_rank=2)
+        said, _ = meeting.refusal(3, join_timeout_s=0.5, expected=["node0", "10.0.0.2", "10.0.0.3"])
+        assert "; missing: 10.0.0.2. Start" in said, said
+
     def test_enough_without_all(self, meeting: Meeting) -> None:
         call = meeting.open(3, min_nodes=2, join_timeout_s=0.5)
         meeting.node("node0", node_rank=0)
@@ -180,7 +195,10 @@ class TestGathering:
     @pytest.mark.parametrize(
         ("other", "words"),
         [
-            ({"config_hash": "b"}, "odd composed another configuration than node0"),
+            (
+                {"config": {"train": {"seed": 2, "steps": 9}}},
+                "odd composed another configuration than node0 (train.seed 2 instead of 1): give the same command",
+            ),
             (
                 {"facts": {"torch": "2.11.0"}},
                 "torch differs between nodes: 2.13.0 on node0 (node 0); 2.11.0 on odd (node 1)",
@@ -239,12 +257,34 @@ class TestGathering:
         ):
             node.membership.join(node.announced, 0.3)
 
-    def test_another_program_listens(self, meeting: Meeting) -> None:
-        """It accepts and never says a word."""
+    def test_another_program_listens(self, meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It accepts and never says a word, for which nobody waits as long as for other nodes."""
+        monkeypatch.setattr(membership, "WELCOME_S", 0.3)
+        began = time.monotonic()
         with socket.create_server(("127.0.0.1", meeting.port)):
             node = meeting.node("node1")
-            with pytest.raises(ConfigError, match="in use by a program that is no launcher of dist_mtp"):
-                node.membership.join(node.announced, 0.5)
+            words = "no launcher of dist_mtp: end it, or choose another port with launcher.rendezvous=127.0.0.1:PORT"
+            with pytest.raises(ConfigError, match=re.escape(words)):
+                node.membership.join(node.announced, WAIT_S)
+        assert time.monotonic() - began < WAIT_S / 2, f"took {time.monotonic() - began:.1f} s"
+
+    def test_a_name_that_nobody_knows(self, meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine that is just starting gets a share of the time to join; a misspelt name does not take all of it."""
+        asked = []
+
+        def unknown(*endpoint: object, timeout_s: float) -> None:
+            asked.append(time.monotonic())
+            raise socket.gaierror(-2, "Name or service not known")
+
+        monkeypatch.setattr(membership, "connect", unknown)
+        node = meeting.node("node1")
+        with pytest.raises(ConfigError, match="is not known on"):
+            node.membership.join(node.announced, 1.8)
+        assert 0.5 < asked[-1] - asked[0] < 1.5, f"asked for {asked[-1] - asked[0]:.1f} s of 1.8 s"
+
+    def test_the_port_is_free_afterwards(self, meeting: Meeting) -> None:
+        for _ in range(2):
+            meeting.open(1).close()
 
 
 class TestEnd:
@@ -265,6 +305,17 @@ class TestEnd:
         nodes[1].end(EXIT_TERMINATED)
         first.join(WAIT_S)
         assert nodes[0].verdict == {"code": EXIT_TERMINATED, "message": ""}
+
+    def test_a_signal_before_training_ends_all(self, meeting: Meeting) -> None:
+        """The other ranks wait for those that will never come, and agree to nothing."""
+        nodes = meeting.begin(2)
+        first = threading.Thread(target=lambda: nodes[0].end(EXIT_TERMINATED, "stopped", agreed=False))
+        first.start()
+        (told,) = meeting.stopped(nodes[1])
+        nodes[1].end(5, "rank 2 was killed by SIGKILL", 1)
+        first.join(WAIT_S)
+        expected = {"code": EXIT_TERMINATED, "message": "stopped"}
+        assert [told, nodes[0].verdict, nodes[1].verdict] == [expected] * 3
 
     def test_the_cause_wins(self, meeting: Meeting) -> None:
         """A rank was killed; its peers on other nodes fail first, because of that."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import pytest
 from support import launches
 from support.launches import BIN, Ended, Running, overrides, processes_of
@@ -34,6 +35,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def own_address() -> str:
+    """By which other machines would reach this one; that of the loopback interface if it has no other."""
+    found = [
+        entry.address
+        for entries in psutil.net_if_addrs().values()
+        for entry in entries
+        if entry.family == socket.AF_INET
+    ]
+    return next((address for address in found if not address.startswith("127.")), "127.0.0.1")
 
 
 class Runs:
@@ -138,6 +150,29 @@ class TestTwoNodes:
         assert result["status"] == "interrupted"
         assert len(list((tmp_path / "run" / "checkpoints").glob("step_*"))) == 1
 
+    @pytest.mark.parametrize(
+        ("moment", "number"),
+        [("met", signal.SIGTERM), ("rank", signal.SIGTERM), ("met", signal.SIGKILL)],
+        ids=["stopped before ranks start", "stopped while they start", "killed before they start"],
+    )
+    def test_the_end_before_training(self, moment: str, number: int, tmp_path: Path) -> None:
+        """Nobody is left waiting for ranks that will not come, and both say why."""
+        with two_nodes(tmp_path, "train.steps=5000") as (first, second):
+            if moment == "met":
+                first.wait_until(lambda: "run folder" in first.output, "the meeting")
+            else:
+                first.wait_until(lambda: len(processes_of(first.folder)) >= 4, "the first ranks")
+            second.process.send_signal(number)
+            codes = end_both(first, second)
+            stopped = number == signal.SIGTERM
+            expected = [EXIT_TERMINATED] * 2 if stopped else [EXIT_RANK_FAILURE, -signal.SIGKILL]
+            assert codes == expected, f"{first.output}\n{second.output}"
+            words = "stopped by a signal before training began" if stopped else "ended without a word"
+            assert words in first.output, first.output
+        result = read_result(tmp_path / "run")
+        assert result is not None, first.output
+        assert (result["status"], result["exit_code"]) == ("interrupted" if stopped else "failed", codes[0]), result
+
 
 def test_fewer_nodes_continue_the_run(tmp_path: Path) -> None:
     """Two nodes train a few steps and stop; the next start finds one node only and trains the same rows per step."""
@@ -156,6 +191,8 @@ def test_fewer_nodes_continue_the_run(tmp_path: Path) -> None:
     ]
     codes = [node.process.wait(90) for node in nodes]
     assert codes == [EXIT_DONE, EXIT_DONE], nodes[0].output
+    # A machine whose own name means 127.0.1.1 to it does not recognise itself by its address.
+    command = [word.replace("127.0.0.1", own_address()) for word in command]
     command = [word.replace("train.steps=2", "train.steps=4") for word in command]
     alone = launches.train([*command, "launcher.node_rank=0"], tmp_path / "run")
     assert alone.code == EXIT_DONE, alone.output
