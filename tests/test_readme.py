@@ -9,6 +9,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 
 from dist_mtp.cli import plot
 from dist_mtp.cli.bench import BENCHMARKS
@@ -17,6 +19,7 @@ from dist_mtp.cli.main import VERBS
 from dist_mtp.config import resolve
 from dist_mtp.data.tokenizers import tokenizer_vocab_size
 from dist_mtp.errors import ConfigError
+from dist_mtp.launch.cluster import plan_cluster
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,14 +76,25 @@ def check_dist_mtp(arguments: list[str]) -> None:
         assert overrides.pop(0) in BENCHMARKS, f"dist-mtp bench has no {arguments[1]}"
     sweeps = "-m" in overrides
     for point in points([word for word in overrides if word != "-m"]) if sweeps else [overrides]:
-        compose(point)
+        config = compose(point)
+        if verb == "doctor":
+            plan_cluster(config, gpus=0)  # a reader may try it on a laptop
 
 
 def points(overrides: list[str]) -> list[list[str]]:
     """One list of overrides per value that a sweep names, other keys at their first value."""
-    choices = [[f"{o.partition('=')[0]}={value}" for value in o.partition("=")[2].split(",")] for o in overrides]
+    choices = [values_of(override) for override in overrides]
     first = [values[0] for values in choices]
     return [[*first[:i], value, *first[i + 1 :]] for i, values in enumerate(choices) for value in values]
+
+
+def values_of(override: str) -> list[str]:
+    """One override per value that a sweep tries; of an interval its two ends."""
+    parsed = OverridesParser.create().parse_override(override)
+    key, value = override.partition("=")[0], parsed.value()
+    if isinstance(value, IntervalSweep):
+        return [f"{key}={value.start}", f"{key}={value.end}"]
+    return [f"{key}={text}" for text in parsed.sweep_string_iterator()] if parsed.is_sweep_override() else [override]
 
 
 def check_make(arguments: list[str]) -> None:
@@ -126,7 +140,9 @@ class TestCommands:
         "command",
         [
             "dist-mtp train mtp.dpeth=2",
+            "dist-mtp train -m mtp.depth=0,1 'train.sede=range(1,6)'",
             "dist-mtp fly",
+            "dist-mtp doctor launcher=torchrun launcher.hosts=[node0,node1]",
             "make tea",
             "torchrun --nproc-per-node 3 -m dist_mtp.train parallel.pp=2",
             "python no/such/file.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,15 @@ class Port:
         return "ACTIVE" in self.state
 
 
-def check_gpus(listing: str | None, wanted: int, usable: int, *, device: str) -> list[Finding]:
+def check_gpus(
+    listing: str | None,
+    wanted: int,
+    usable: int,
+    *,
+    device: str,
+    chosen: Collection[int] | None = None,
+    is_divided: bool = False,
+) -> list[Finding]:
     """One finding for each kind of GPU and for each that is in use.
 
     Args:
@@ -41,14 +49,18 @@ def check_gpus(listing: str | None, wanted: int, usable: int, *, device: str) ->
         wanted: ranks that this machine would start.
         usable: GPUs that ``CUDA_VISIBLE_DEVICES`` and the installed torch leave them.
         device: of the configuration.
+        chosen: numbers of those that ``CUDA_VISIBLE_DEVICES`` names, the others are not ours to judge; None: all.
+        is_divided: only a part of a GPU is meant, so that its memory may be in use by others.
     """
     rows = [[cell.strip() for cell in line.split(",")] for line in (listing or "").splitlines()]
-    gpus = [row for row in rows if len(row) == len(GPU_QUERY.split(","))]  # the driver may print warnings among them
+    listed = [row for row in rows if len(row) == len(GPU_QUERY.split(","))]  # the driver may print warnings among them
+    gpus = [row for row in listed if chosen is None or row[0] in map(str, chosen)]
     if not gpus:
+        what = f"CUDA_VISIBLE_DEVICES names none of the {len(listed)} GPUs" if listed else "none"
         if device != "cuda":
-            return [Finding("GPUs", "note", "none: training runs on the CPU")]
-        fix = "start it on a machine with GPUs and NVIDIA's driver, or set device=cpu"
-        return [Finding("GPUs", "error", "none, but device=cuda", fix)]
+            return [Finding("GPUs", "note", f"{what}: training runs on the CPU")]
+        fix = "unset it" if listed else "start it on a machine with GPUs and NVIDIA's driver"
+        return [Finding("GPUs", "error", f"{what}, but device=cuda", f"{fix}, or set device=cpu")]
     kinds = Counter((name, driver, capability, total) for _, name, driver, capability, total, _ in gpus)
     findings = [
         Finding("GPUs", "ok", f"{count} x {name}, {_gib(total)}, compute capability {capability}, driver {driver}")
@@ -58,31 +70,33 @@ def check_gpus(listing: str | None, wanted: int, usable: int, *, device: str) ->
         fix = "choose equal ones with CUDA_VISIBLE_DEVICES"
         findings.append(Finding("GPUs", "warning", "different kinds: the slowest sets the pace", fix))
     if device != "cpu" and usable < wanted:
-        what = f"{usable} of {len(gpus)} can be used by processes started here, for {wanted} ranks"
+        what = f"{usable} of {len(listed)} can be used by processes started here, for {wanted} ranks"
         fix = "see CUDA_VISIBLE_DEVICES, lower parallel.pp x parallel.dp, add nodes, or set device=cpu"
         level: Level = "error" if device == "cuda" else "warning"
         findings.append(Finding("GPUs", level, what + ("" if device == "cuda" else ": training runs on the CPU"), fix))
     for index, _, _, _, total, free in gpus:
-        if _number(free) < _LEAST_FREE * _number(total):
+        if not is_divided and _number(free) < _LEAST_FREE * _number(total):
             what = f"GPU {index} has {_gib(free)} of {_gib(total)} free"
             findings.append(Finding("GPUs", "warning", what, "end the processes that nvidia-smi lists"))
     return findings
 
 
-def check_links(topology: str | None) -> Finding | None:
+def check_links(topology: str | None, chosen: Collection[int] | None = None) -> Finding | None:
     """How GPUs of this machine reach each other; None with fewer than two.
 
     Args:
         topology: output of ``nvidia-smi topo -m``: a matrix whose cells are ``NV18`` (18 NVLinks), or ``PIX``, ``PXB``,
             ``PHB``, ``NODE`` or ``SYS`` for ways over PCIe and processors.
+        chosen: see :func:`check_gpus`.
     """
     plain = re.sub(r"\x1b\[[\d;]*m", "", topology or "")
     rows = [line.split() for line in plain.splitlines() if re.match(r"GPU\d+\s", line)]
-    if len(rows) < 2:
+    places = [place for place, row in enumerate(rows) if chosen is None or int(row[0].removeprefix("GPU")) in chosen]
+    if len(places) < 2:
         return None
-    pairs = Counter(rows[a][1 + b] for a in range(len(rows)) for b in range(a))
+    pairs = Counter(rows[a][1 + b] for a in places for b in places if b < a)
     ways = ", ".join(f"{count} {way}" for way, count in pairs.most_common())
-    total = len(rows) * (len(rows) - 1) // 2
+    total = len(places) * (len(places) - 1) // 2
     linked = sum(count for way, count in pairs.items() if way.startswith("NV"))
     if linked == total:
         return Finding("NVLink", "ok", f"joins all {total} pairs of GPUs ({ways})")
@@ -94,13 +108,16 @@ def check_links(topology: str | None) -> Finding | None:
     )
 
 
-def check_nvlink_status(status: str | None) -> Finding | None:
+def check_nvlink_status(status: str | None, chosen: Collection[int] | None = None) -> Finding | None:
     """Links that are down; None where there are none at all.
 
     Args:
         status: output of ``nvidia-smi nvlink --status``: a line ``GPU 0: NAME`` and below it one for each link.
+        chosen: see :func:`check_gpus`.
     """
-    speeds = re.findall(r"^\s+Link \d+:\s+(.+)$", status or "", flags=re.MULTILINE)
+    sections = re.findall(r"^GPU (\d+):.*\n((?:[ \t]+.*\n?)*)", status or "", flags=re.MULTILINE)
+    ours = "".join(links for index, links in sections if chosen is None or int(index) in chosen)
+    speeds = re.findall(r"^\s+Link \d+:\s+(.+)$", ours, flags=re.MULTILINE)
     if not speeds:
         return None
     down = sum("GB/s" not in speed for speed in speeds)
@@ -125,29 +142,35 @@ def check_ports(ports: Sequence[Port], *, several_nodes: bool) -> Finding:
 
 
 def accelerator_findings(
-    wanted: int, usable: int, listed: int, device: str, ports: Sequence[Port], *, several_nodes: bool
+    wanted: int,
+    usable: int,
+    device: str,
+    ports: Sequence[Port],
+    *,
+    several_nodes: bool,
+    has_driver: bool,
+    chosen: Collection[int],
+    is_divided: bool,
 ) -> list[Finding]:
     """What this machine has.
 
     Args:
-        wanted, usable: see :func:`check_gpus`.
-        listed: of :func:`listed_gpus`; a driver that lists none is not asked for more.
+        wanted, usable, chosen, is_divided: see :func:`check_gpus`.
         ports: of :func:`adapter_ports`.
+        has_driver: it lists a GPU at all; one that does not, or that hangs, is not asked for more.
     """
     query = (f"--query-gpu={GPU_QUERY}", "--format=csv,noheader,nounits")
     listing, topology, status = (
-        output_of("nvidia-smi", *arguments) if listed else None
+        output_of("nvidia-smi", *arguments) if has_driver else None
         for arguments in (query, ("topo", "-m"), ("nvlink", "--status"))
     )
-    found = [*check_gpus(listing, wanted, usable, device=device), check_links(topology), check_nvlink_status(status)]
-    found.append(check_ports(ports, several_nodes=several_nodes))
+    found = [
+        *check_gpus(listing, wanted, usable, device=device, chosen=chosen, is_divided=is_divided),
+        check_links(topology, chosen),
+        check_nvlink_status(status, chosen),
+        check_ports(ports, several_nodes=several_nodes),
+    ]
     return [finding for finding in found if finding is not None]
-
-
-def listed_gpus() -> int:
-    """GPUs that the driver lists, whether or not the installed torch can use any."""
-    lines = (output_of("nvidia-smi", "-L") or "").splitlines()
-    return sum(line.startswith("GPU ") for line in lines)  # parts of a divided GPU stand below it, indented
 
 
 def adapter_ports(folder: Path = _INFINIBAND) -> list[Port]:

@@ -62,7 +62,12 @@ def check_alike(this_host: str, own: Mapping[str, Any], others: Mapping[str, Ask
 
 
 def host_findings(
-    hosts: Sequence[str], ssh_config: str | None, folder: Path, overrides: Sequence[str], ask: Ask | None = None
+    hosts: Sequence[str],
+    ssh_config: str | None,
+    folder: Path,
+    overrides: Sequence[str],
+    ask: Ask | None = None,
+    try_way: Callable[[Sequence[str]], list[Finding]] = lambda reached: [],
 ) -> list[Finding]:
     """What is wrong on the other hosts; what is right there is counted only.
 
@@ -70,6 +75,7 @@ def host_findings(
         folder: existing one in which a file is written that all hosts must see.
         overrides: of this command, given on to the same command there.
         ask: by ssh, unless something else is given.
+        try_way: of the hosts that ssh reaches, from one to another; called last, as it takes a port that hosts look at.
     """
     ask = ask or (lambda host, argv, timeout_s: _ask(host, ssh_config, argv, timeout_s))
     token = secrets.token_hex(8)
@@ -98,7 +104,7 @@ def host_findings(
         found += [check_skew(host, asked) for host, asked in reached.items()]
         for findings in own_findings:
             found += findings
-    return found
+    return [*found, *try_way(list(reached))]
 
 
 def _facts(host: str, folder: Path, token: str | None, ask: Ask) -> AskedFacts | ConfigError:

@@ -13,6 +13,7 @@ from dist_mtp.launch.facts import is_free
 from dist_mtp.launcher_checks import DEFAULT_PORT, parse_endpoint
 
 TENSORBOARD_PORT = 6006
+_CONNECT_S = 5.0
 
 
 def check_rendezvous_port(port: int, *, is_free: bool, nodes_meet_here: bool) -> Finding:
@@ -32,6 +33,17 @@ def check_rendezvous_host(host: str, addresses: Sequence[str] | None) -> Finding
         fix = "correct launcher.rendezvous, or add its address to /etc/hosts"
         return Finding("rendezvous", "error", f"{host} does not resolve: this node cannot find the others", fix)
     return Finding("rendezvous", "ok", f"{host} is {', '.join(addresses)}")
+
+
+def check_rendezvous_answers(host: str, port: int, problem: OSError | None) -> Finding:
+    """Args: ``problem`` that another node than the first met when it connected there."""
+    name, where = "way", f"{host}:{port}"
+    if problem is None:
+        return Finding(name, "ok", f"{where} is reached: somebody listens already")
+    if isinstance(problem, ConnectionRefusedError):
+        return Finding(name, "note", f"{host} is reached; nobody listens on port {port} yet")
+    fix = f"open port {port} of {host}, or set launcher.rendezvous to an address of it that this node reaches"
+    return Finding(name, "error", f"{where} was not reached: {problem.strerror or problem}", fix)
 
 
 def check_tensorboard_port(*, is_free: bool) -> Finding:
@@ -75,17 +87,39 @@ def check_interfaces(addresses: Mapping[str, Sequence[str]], wanted: str | None,
     return Finding("interfaces", "ok", shown)
 
 
-def network_findings(launcher: LauncherConfig, *, several_nodes: bool, nodes_meet_here: bool) -> list[Finding]:
-    """What this machine has."""
-    host, port = parse_endpoint(launcher.rendezvous) if launcher.rendezvous is not None else (None, DEFAULT_PORT)
+def network_findings() -> list[Finding]:
+    """What any machine has."""
     name = socket.gethostname()
     return [
-        check_rendezvous_port(port, is_free=is_free(port), nodes_meet_here=nodes_meet_here),
-        *([check_rendezvous_host(host, _addresses(host))] if host is not None else []),
         check_tensorboard_port(is_free=is_free(TENSORBOARD_PORT)),
         check_host_name(name, _addresses(name)),
-        check_interfaces(_interfaces(), launcher.interface, several_nodes=several_nodes),
     ]
+
+
+def node_findings(
+    launcher: LauncherConfig, *, several_nodes: bool, nodes_meet_here: bool, starts_alone: bool
+) -> list[Finding]:
+    """What a machine has that ranks train on.
+
+    Args:
+        starts_alone: the command is given on every node, so that nobody tries the way between them from outside.
+    """
+    host, port = parse_endpoint(launcher.rendezvous) if launcher.rendezvous is not None else (None, DEFAULT_PORT)
+    found = [check_rendezvous_port(port, is_free=is_free(port), nodes_meet_here=nodes_meet_here)]
+    if host is not None:
+        addresses = _addresses(host)
+        found.append(check_rendezvous_host(host, addresses))
+        if addresses is not None and starts_alone and not nodes_meet_here:
+            found.append(check_rendezvous_answers(host, port, _connection_problem(host, port)))
+    return [*found, check_interfaces(_interfaces(), launcher.interface, several_nodes=several_nodes)]
+
+
+def _connection_problem(host: str, port: int) -> OSError | None:
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+    except OSError as error:
+        return error
+    return None
 
 
 def _addresses(name: str) -> list[str] | None:

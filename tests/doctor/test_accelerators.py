@@ -41,6 +41,44 @@ def test_gpus(listing: str | None, usable: int, device: str, expected: list[str]
     assert all(text.startswith(start) for text, start in zip(found, expected, strict=True)), found
 
 
+class TestOthersGpus:
+    """What ``CUDA_VISIBLE_DEVICES`` leaves out is somebody else's: its kind, memory and links are not judged."""
+
+    def test_kinds_and_memory(self) -> None:
+        listing = f"0, {H100}\n1, {A100}\n2, H100, 570.1, 9.0, 81920, 1000\n10, {A100}\n"
+        found = check_gpus(listing, 1, 1, device="cuda", chosen=[0])
+        assert [(finding.level, finding.what[:8]) for finding in found] == [("ok", "1 x H100")], found
+        found = check_gpus(listing, 1, 1, device="cuda", chosen=[2])
+        assert [finding.level for finding in found] == ["ok", "warning"], found
+
+    def test_parts_of_a_gpu(self) -> None:
+        found = check_gpus("0, H100, 570.1, 9.0, 81920, 1000", 1, 1, device="cuda", is_divided=True)
+        assert [finding.level for finding in found] == ["ok"], "the other parts are in use by others"
+
+    def test_none_left(self) -> None:
+        (found,) = check_gpus(f"0, {H100}\n", 1, 0, device="cuda", chosen=[])
+        assert (found.level, found.what) == ("error", "CUDA_VISIBLE_DEVICES names none of the 1 GPUs, but device=cuda")
+        assert found.fix.startswith("unset it"), found
+
+    def test_links(self) -> None:
+        topology = matrix("X\tSYS\tNV4", "SYS\tX\tSYS", "NV4\tSYS\tX")
+        found = {chosen: check_links(topology, chosen) for chosen in ((0, 2), (1, 2), (1,))}
+        shown = {chosen: finding and f"{finding.level} {finding.what}" for chosen, finding in found.items()}
+        assert shown == {
+            (0, 2): "ok joins all 1 pairs of GPUs (1 NV4)",
+            (1, 2): "note none, GPUs reach each other over PCIe (1 SYS)",
+            (1,): None,
+        }
+
+    def test_links_that_are_down(self) -> None:
+        status = "".join(
+            f"GPU {n}: H100 (UUID: {n})\n\t Link 0: {said}\n" for n, said in ((0, "26 GB/s"), (1, "<inactive>"))
+        )
+        levels = {n: found.level for n in (0, 1) if (found := check_nvlink_status(status, [n])) is not None}
+        assert levels == {0: "ok", 1: "warning"}
+        assert check_nvlink_status(status, []) is None
+
+
 @pytest.mark.parametrize(
     ("topology", "expected"),
     [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
+from dist_mtp.config import LauncherConfig
 from dist_mtp.doctor import network
 from dist_mtp.doctor.finding import Finding, split_fix, table
 
@@ -14,6 +17,10 @@ from dist_mtp.doctor.finding import Finding, split_fix, table
         (network.check_rendezvous_port(1, is_free=True, nodes_meet_here=True), "ok"),
         (network.check_rendezvous_port(1, is_free=False, nodes_meet_here=True), "error"),
         (network.check_rendezvous_port(1, is_free=False, nodes_meet_here=False), "note"),
+        (network.check_rendezvous_answers("a", 1, None), "ok"),
+        (network.check_rendezvous_answers("a", 1, ConnectionRefusedError()), "note"),
+        (network.check_rendezvous_answers("a", 1, OSError(113, "No route to host")), "error"),
+        (network.check_rendezvous_answers("a", 1, TimeoutError("timed out")), "error"),
         (network.check_tensorboard_port(is_free=False), "note"),
         (network.check_rendezvous_host("a", None), "error"),
         (network.check_rendezvous_host("a", ["10.0.0.1"]), "ok"),
@@ -35,6 +42,18 @@ from dist_mtp.doctor.finding import Finding, split_fix, table
 def test_levels(found: Finding, level: str) -> None:
     assert found.level == level, found
     assert bool(found.fix) == (level in ("warning", "error")), found
+
+
+@pytest.mark.parametrize(("starts_alone", "meet_here"), [(True, False), (True, True), (False, False)])
+def test_first_node_is_tried_by_the_others(starts_alone: bool, meet_here: bool) -> None:
+    """Where nobody does so from outside, and not by the first node itself."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        launcher = LauncherConfig(name="torchrun", nodes=2, rendezvous=f"127.0.0.1:{server.getsockname()[1]}")
+        found = network.node_findings(
+            launcher, several_nodes=True, nodes_meet_here=meet_here, starts_alone=starts_alone
+        )
+    ways = [finding.level for finding in found if finding.name == "way"]
+    assert ways == (["ok"] if starts_alone and not meet_here else []), found
 
 
 def test_table() -> None:
