@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def train(config: Config) -> int:
     if cluster is not None and config.launcher.name == "torchrun":
         # The first node prepares data and folder once all have come.
         return torchrun.run(config, cluster)
+    if cluster is not None:
+        deepspeed.check_hosts(resolved, cluster)  # before a run is set aside for one that could not start
     corpus = prepare(config.data, config.tokenizer).folder
     prepare_run_folder(resolved)
     print(f"run folder {resolved.run_dir}, {resolved.world_size} ranks", file=sys.stderr)
@@ -65,7 +68,7 @@ class Job:
     """A run that is ready for a batch system."""
 
     config: Config
-    """Resolved; what the run folder's ``config.yaml`` holds."""
+    """Resolved; what the job starts, and starts again, with."""
     corpus: Path
     """Folder of the tokenised corpus."""
 
@@ -78,11 +81,13 @@ def prepare_job(config: Config) -> Job:
         DataError: the corpus is damaged.
     """
     _, resolved, _ = _checked(config)
+    # An old run is set aside once, here. A job would set aside its own folder, and every requeue what it has trained.
+    started = dataclasses.replace(resolved, resume="auto") if resolved.resume == "never" else resolved
     if config.launcher.dry_run:
-        return Job(resolved, CORPUS)
+        return Job(started, CORPUS)
     corpus = prepare(config.data, config.tokenizer).folder
     prepare_run_folder(resolved)
-    return Job(resolved, corpus)
+    return Job(started, corpus)
 
 
 def _checked(config: Config) -> tuple[Config, Config, Cluster | None]:

@@ -32,16 +32,16 @@ from dist_mtp.data.tokenizers import tokenizer_vocab_size
 from dist_mtp.errors import EXIT_CONFIG, EXIT_RANK_FAILURE, ConfigError, DistMtpError
 from dist_mtp.launch.cluster import settled
 from dist_mtp.launch.command import rank_arguments
-from dist_mtp.launch.facts import node_facts, token_file
+from dist_mtp.launch.facts import free_port, node_facts, token_file
 from dist_mtp.launch.hosts import is_this_machine
 from dist_mtp.launch.membership import Membership, RefusedError
 from dist_mtp.launch.messages import Message
 from dist_mtp.launch.outcome import STOPPED, Outcome, report, stopped_before_training
 from dist_mtp.launch.ranks import Place, kill_ranks, run_ranks
 from dist_mtp.launch.roll_call import RollCall
-from dist_mtp.launch.signals import handled
 from dist_mtp.launcher_checks import parse_endpoint
 from dist_mtp.run_folder import CONFIG_FILE, prepare_run_folder, read_config
+from dist_mtp.signals import handled
 
 BEGAN = "the launchers have met"
 """Told to the launcher that has started this one by ssh, and so can tell a host that it lost from one it never reached."""
@@ -208,10 +208,7 @@ def _start_all(node: Node, roll_call: RollCall) -> None:
     print(f"run folder {config.run_dir}, {config.world_size} ranks on {len(members)} nodes", file=sys.stderr)
     for member in members:
         print(f"  {member.name}", file=sys.stderr)
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        master_port = probe.getsockname()[1]
-    roll_call.start(config=to_dict(config), corpus=str(corpus), shared_token=shared_token, master_port=master_port)
+    roll_call.start(config=to_dict(config), corpus=str(corpus), shared_token=shared_token, master_port=free_port())
 
 
 def _run(node: Node, membership: Membership, assignment: dict[str, Any]) -> Outcome:

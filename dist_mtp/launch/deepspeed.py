@@ -3,61 +3,75 @@
 DeepSpeed 0.19.8 builds command lines for remote shells itself: it exports variables in double quotes, so that a shell on
 every node would run ``$(...)`` in them, takes lines of its hostfile for ssh's options, and splits arguments at blanks.
 Everything that it will pass on is therefore checked here first.
+
+Of signals, its runner (launcher/runner.py:629) passes on none, or with pdsh ends every DeepSpeed run of this user on all
+nodes; launcher/launch.py kills ranks after 30 s. So neither gets one from here: :mod:`dist_mtp.launch.warden` tells the ranks
+themselves, and when they have ended, so do the processes that started them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Mapping
-from importlib.util import find_spec
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dist_mtp.config import Config
-from dist_mtp.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RANK_FAILURE, ConfigError
+from dist_mtp.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_RANK_FAILURE, ConfigError
 from dist_mtp.launch.cluster import Cluster
 from dist_mtp.launch.command import rank_arguments
-from dist_mtp.launch.facts import compare_facts, token_file
-from dist_mtp.launch.outcome import STOPPED, Outcome, report
+from dist_mtp.launch.facts import compare_facts, free_port, token_file
+from dist_mtp.launch.outcome import STOPPED, Outcome, explain_stop, report, training_began
 from dist_mtp.launch.ranks import RANK_MODULE
 from dist_mtp.launch.remote import gather_facts
 from dist_mtp.launch.torchrun import endpoint
+from dist_mtp.launch.warden import Wardens
 from dist_mtp.launcher_checks import check_value
+from dist_mtp.monitor.result import read_result
 from dist_mtp.run_folder import CONFIG_FILE
+from dist_mtp.signals import end_with_parent, handled
 
 HOSTFILE = "launch/hostfile"
 """In the run folder."""
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")
 """Beginnings of variables that DeepSpeed exports to all nodes: ``EXPORT_ENVS`` in launcher/runner.py, and on GPUs the last
 three."""
-_PLAIN = re.compile(r"[\w@%+=:,./-]+")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLAIN = re.compile(r"[\w@+=:,./-]+")
+"""Without ``%``: pdsh puts a host's name in place of ``%h``."""
 _SHELLS = {"pdsh": "pdsh", "openmpi": "mpirun"}
-_DOCUMENTED = (EXIT_DONE, 2, 3, 4, EXIT_RANK_FAILURE, *STOPPED)
+_LATE_S = 30.0
+"""For the launcher to end after its last rank."""
 
 
 def check(config: Config, cluster: Cluster, environment: Mapping[str, str]) -> None:
-    """Refuse what DeepSpeed would pass to a shell unquoted, hosts that do not answer, and nodes that differ.
+    """Refuse what DeepSpeed would pass to a shell unquoted.
 
     Raises:
-        ConfigError: names the variable, path or host.
+        ConfigError: names the variable or path.
     """
     if not cluster.hosts:
         return
-    for path in (os.getcwd(), config.run_dir, config.data.cache_dir, sys.executable):
-        if not _PLAIN.fullmatch(path):
+    for path in (os.getcwd(), config.run_dir, config.data.cache_dir, config.launcher.ssh_config, sys.executable):
+        if path is not None and not _PLAIN.fullmatch(path):
             raise ConfigError(
                 f"launcher=deepspeed passes paths through shells, but {path!r} has blanks or special characters: choose another "
-                "folder, or launcher=torchrun"
+                "path, or launcher=torchrun"
             )
     for name, value in environment.items():
         if name.startswith(_EXPORTED):
-            check_value(name, value)
+            if not _VARIABLE.fullmatch(name):
+                raise ConfigError(
+                    f"environment variable {name!r} has a name that a shell on the nodes could run: unset it"
+                )
+            _check_exported(name, value)
     for folder in {Path.home(), Path.cwd()}:
         _check_environment_file(folder / environment.get("DS_ENV_FILE", ".deepspeed_env"))
     tool = _SHELLS[config.launcher.remote_shell]
@@ -68,12 +82,32 @@ def check(config: Config, cluster: Cluster, environment: Mapping[str, str]) -> N
         )
 
 
-def check_nodes(config: Config, cluster: Cluster) -> None:
-    """Ask every host whether it is there and like the others, and sees the run folder, which must exist, and the first one
-    whether the port is free where the ranks will meet.
+def check_hosts(config: Config, cluster: Cluster) -> None:
+    """Ask every host whether it is there and like the others, and the first one whether the port is free where the ranks
+    will meet.
 
     Raises:
         ConfigError: names the hosts, both values and the fix.
+    """
+    if not cluster.hosts:
+        return
+    host, port = endpoint(config, cluster)
+    facts = gather_facts(cluster.hosts, config.launcher.ssh_config, port=port)
+    if problems := compare_facts(facts):
+        raise ConfigError("; ".join(problems))
+    if facts[cluster.hosts[0]]["port_free"] is False:
+        # DeepSpeed would start all ranks, and those on the other nodes would wait for an answer from who has the port.
+        raise ConfigError(
+            f"port {port} of {cluster.hosts[0]}, where the ranks shall meet, is in use: end the program that has it, or choose "
+            f"another with launcher.rendezvous={host}:PORT"
+        )
+
+
+def check_folder(config: Config, cluster: Cluster) -> None:
+    """Ask every host whether it sees the run folder, which must exist.
+
+    Raises:
+        ConfigError: names the hosts that do not.
     """
     if not cluster.hosts:
         return
@@ -81,30 +115,26 @@ def check_nodes(config: Config, cluster: Cluster) -> None:
     proof = token_file(config.run_dir, token)
     proof.touch()
     try:
-        folder, port = str(Path(config.run_dir).absolute()), endpoint(config, cluster)[1]
-        facts = gather_facts(cluster.hosts, config.launcher.ssh_config, folder, token, port)
+        folder = str(Path(config.run_dir).absolute())
+        facts = gather_facts(cluster.hosts, config.launcher.ssh_config, folder, token)
     finally:
         proof.unlink()
     if problems := compare_facts(facts):
         raise ConfigError("; ".join(problems))
-    if facts[cluster.hosts[0]]["port_free"] is False:
-        # DeepSpeed would start all ranks, and those on the other nodes would wait for an answer from who has the port.
-        raise ConfigError(
-            f"port {port} of {cluster.hosts[0]}, where the ranks shall meet, is in use: end the program that has it, or choose "
-            f"another with launcher.rendezvous={endpoint(config, cluster)[0]}:PORT"
-        )
 
 
 def command(config: Config, cluster: Cluster, corpus: Path) -> list[str]:
     """DeepSpeed's command line."""
-    arguments = rank_arguments(config, Path(config.run_dir) / CONFIG_FILE, corpus)
+    arguments = rank_arguments(config, _config_file(config), corpus)
     host, port = endpoint(config, cluster)
     start = [sys.executable, "-m", "deepspeed.launcher.runner"]
     module = ["--no_local_rank", "--module", RANK_MODULE, *arguments]
     if not cluster.hosts:
-        port = port if config.launcher.rendezvous else _free_port()
-        # On GPUs it counts the devices itself and refuses more ranks than there are.
-        return [*start, "--num_accelerators", str(cluster.ranks_per_node), "--master_port", str(port), *module]
+        port = port if config.launcher.rendezvous else free_port()
+        # Without a hostfile it reads /job/hostfile; what is no regular file counts as none. On GPUs it counts the devices
+        # itself and refuses more ranks than there are.
+        where = ["--hostfile", os.devnull, "--num_accelerators", str(cluster.ranks_per_node)]
+        return [*start, *where, "--master_port", str(port), *module]
     # With one host in its hostfile DeepSpeed would start the ranks here, whatever the host.
     where = ["--hostfile", str(Path(config.run_dir) / HOSTFILE), "--force_multi", "--no_ssh_check"]
     how = ["--launcher", config.launcher.remote_shell, "--master_addr", host, "--master_port", str(port)]
@@ -121,37 +151,82 @@ def run(config: Config, cluster: Cluster, corpus: Path) -> int:
         config: that of the prepared run folder.
 
     Raises:
-        ConfigError: see :func:`check_nodes`.
+        ConfigError: see :func:`check_folder`.
     """
-    check_nodes(config, cluster)
+    check_folder(config, cluster)
     hostfile = Path(config.run_dir) / HOSTFILE
     if cluster.hosts:
         hostfile.parent.mkdir(exist_ok=True)
         hostfile.write_text("".join(f"{host} slots={cluster.ranks_per_node}\n" for host in cluster.hosts))
-    process = subprocess.Popen(command(config, cluster, corpus), env=_environment(config), start_new_session=True)
+    before = training_began(config)
+    # After a signal, ranks finish their step and save: as long as that makes progress, they are not killed.
+    patience_s = max(30.0, config.train.hang_timeout_s)
     received: list[int] = []
-
-    def pass_on(number: int, frame: object) -> None:
-        received.append(number)
-        process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if code in _DOCUMENTED and not (received and code == EXIT_CONFIG):
-        outcome = Outcome(code, "" if code in (EXIT_DONE, *STOPPED) else f"the run ended with exit code {code}")
-    else:
-        outcome = Outcome(EXIT_RANK_FAILURE, f"a rank died or hung: DeepSpeed's launcher ended with exit code {code}")
+    with handled(lambda number, frame: received.append(number)):
+        wardens = Wardens(cluster.hosts, config.launcher.ssh_config, str(_config_file(config)), patience_s)
+        process = subprocess.Popen(
+            command(config, cluster, corpus),
+            env=_environment(config),
+            start_new_session=True,  # an interrupt at the terminal must not reach it
+            # With this process gone it must start no more ranks; wardens see to those that it has started.
+            preexec_fn=lambda: end_with_parent(signal.SIGKILL),
+        )
+        code = _wait(process, wardens, received, patience_s + _LATE_S)
+        for problem in wardens.end():
+            print(f"error: {problem}", file=sys.stderr)
+        _kill_group(process)
+    outcome = _explain(config, code, received, trained=training_began(config) != before)
     report(config, outcome)
     return outcome.code
 
 
+def _wait(process: subprocess.Popen[bytes], wardens: Wardens, received: Sequence[int], patience_s: float) -> int:
+    """The launcher's exit code; signals go to the ranks while it runs, and after the first it has ``patience_s`` left."""
+    passed_on, kill_at = 0, float("inf")
+    while process.poll() is None:
+        for number in received[passed_on:]:
+            wardens.tell(number)
+            passed_on += 1
+            kill_at = min(kill_at, time.monotonic() + patience_s)
+        if time.monotonic() > kill_at:
+            _kill_group(process)
+        time.sleep(0.1)
+    return process.returncode
+
+
+def _explain(config: Config, code: int, received: Sequence[int], *, trained: bool) -> Outcome:
+    """The run's end; what a rank wrote about it says more than the exit code that came through shells and launchers."""
+    if received:
+        return explain_stop(config, signal.Signals(received[0]), trained=trained)
+    result = read_result(config.run_dir)
+    if code in STOPPED:  # somebody else has signalled the ranks
+        stopped_by = signal.SIGINT if code == EXIT_INTERRUPTED else signal.SIGTERM
+        return explain_stop(config, stopped_by, trained=trained)
+    if result is None and code in (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_RANK_FAILURE):
+        return Outcome(code, f"the run ended with exit code {code}")
+    if result is None or result["status"] == "interrupted":
+        # Ranks stop by themselves when DeepSpeed's process that started them is gone.
+        return Outcome(
+            EXIT_RANK_FAILURE,
+            f"a rank, or DeepSpeed's process that started it, died or hung: DeepSpeed's launcher ended with exit code {code}",
+        )
+    return Outcome(int(result["exit_code"]), "")
+
+
+def _config_file(config: Config) -> Path:
+    """By its absolute path wardens know the run's processes."""
+    return Path(config.run_dir).absolute() / CONFIG_FILE
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """The launcher and what it has started on this machine."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def _environment(config: Config) -> dict[str, str]:
     environment = dict(os.environ)
-    if config.device == "cpu" or find_spec("deepspeed") is None:
+    if config.device == "cpu":
         environment.setdefault("DS_ACCELERATOR", "cpu")
     if config.launcher.ssh_config is not None:
         environment["PDSH_SSH_ARGS_APPEND"] = f"-F {config.launcher.ssh_config} -o BatchMode=yes"
@@ -173,14 +248,16 @@ def _check_environment_file(file: Path) -> None:
         return
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         name, _, value = line.partition("=")
-        if not re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
+        if not _VARIABLE.fullmatch(name.strip()):
             raise ConfigError(
                 f"{file}, line {number}: {line!r} is not NAME=VALUE: correct it, or use launcher.environment"
             )
-        check_value(f"{name} in {file}", value)
+        _check_exported(f"{name} in {file}", value)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _check_exported(name: str, value: str) -> None:
+    check_value(name, value)
+    if "%" in value:
+        raise ConfigError(
+            f"environment variable {name}={value!r} holds %, for which pdsh puts in other text: write it out"
+        )

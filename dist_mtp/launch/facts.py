@@ -125,6 +125,13 @@ def is_free(port: int) -> bool:
     return True
 
 
+def free_port() -> int:
+    """A port of this machine that no program listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 def installed_version(package: str) -> str | None:
     """Version of an installed package, which is not imported."""
     try:

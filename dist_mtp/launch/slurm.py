@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_mtp.config import Config, config_hash
-from dist_mtp.errors import EXIT_DONE, EXIT_RANK_FAILURE, ConfigError
+import yaml
+
+from dist_mtp.config import Config, config_hash, to_dict
+from dist_mtp.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_RANK_FAILURE, ConfigError
 from dist_mtp.launch.command import agent_command, shown
+from dist_mtp.launch.outcome import STOPPED
+from dist_mtp.launch.sbatch import EndedJob, queue_job, run_job
 from dist_mtp.monitor.atomic import replace_text
 from dist_mtp.monitor.result import read_result
-from dist_mtp.run_folder import CONFIG_FILE
 
+SUBMITTED = "launch/submitted.yaml"
+"""In the run folder: what the job starts with. ``config.yaml`` follows the nodes that came (``launcher.min_nodes``), and Slurm
+may start the job again."""
 SCRIPT, ARRAY, POINTS = "launch/job.sbatch", "launch/array.sbatch", "launch/points.tsv"
 
 _NAME = re.compile(r"[\w.,:@+/-]+")
@@ -39,7 +44,7 @@ _BODY = """
 set -euo pipefail
 {setup}
 # The first node, as Slurm itself reaches it. Jobs that share a node do not meet: each has a port of its own.
-first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 address="$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')"
 rendezvous="${{address:-$first}}:$((20000 + SLURM_JOB_ID % 10000))"
 {point}
@@ -92,11 +97,11 @@ def job_script(config: Config, corpus: Path, *, min_nodes: int | None = None) ->
     """The batch script of one run.
 
     Args:
-        config: resolved; what the run folder's ``config.yaml`` holds.
+        config: resolved.
         min_nodes: that suffice when Slurm does not have all.
     """
     folder = Path(config.run_dir).absolute()
-    command = shown(agent_command(config, folder / CONFIG_FILE, corpus.absolute()))
+    command = shown(agent_command(config, folder / SUBMITTED, corpus.absolute()))
     options = _options(config, min_nodes) | {"output": _output(folder) + "/logs/slurm-%j.out"}
     return _script(config, options, command, point="")
 
@@ -125,14 +130,14 @@ def submit(config: Config, corpus: Path, *, min_nodes: int | None = None) -> int
     folder = Path(config.run_dir)
     (folder / "logs").mkdir(exist_ok=True)
     script = folder / SCRIPT
+    _write_submitted(config)
     replace_text(script, job_script(config, corpus, min_nodes=min_nodes))
-    if not config.launcher.slurm.wait:
-        job = _sbatch([], script)
-        print(f"queued as job {job}; output: {folder / 'logs' / f'slurm-{job}.out'}; stop with: scancel {job}")
-        return EXIT_DONE
-    _sbatch(["--wait"], script, may_fail=True)
-    result = read_result(folder)
-    return EXIT_RANK_FAILURE if result is None else int(result["exit_code"])
+    if config.launcher.slurm.wait:
+        job = run_job(script)
+        return _code(config, job, folder / "logs" / f"slurm-{job.number}.out")
+    number = queue_job(script)
+    print(f"queued as job {number}; output: {folder / 'logs' / f'slurm-{number}.out'}; stop with: scancel {number}")
+    return EXIT_DONE
 
 
 def submit_array(configs: Sequence[Config], corpora: Sequence[Path], folder: Path) -> int:
@@ -155,19 +160,41 @@ def submit_array(configs: Sequence[Config], corpora: Sequence[Path], folder: Pat
                 "what does not change launcher.* and parallel.pp x parallel.dp"
             )
     lines = [
-        "\t".join([str((Path(config.run_dir) / CONFIG_FILE).absolute()), str(corpus.absolute()), config_hash(config)])
+        "\t".join([str(_write_submitted(config)), str(corpus.absolute()), config_hash(config)])
         for config, corpus in zip(configs, corpora, strict=True)
     ]
     replace_text(folder / POINTS, "".join(f"{line}\n" for line in lines))
     replace_text(folder / ARRAY, array_script(first, len(configs), folder))
-    wait = first.launcher.slurm.wait
-    job = _sbatch(["--wait"] if wait else [], folder / ARRAY, may_fail=wait)
-    if not wait:
-        print(f"queued {len(configs)} points as array {job}; output: {folder / 'launch'}; stop with: scancel {job}")
-        return EXIT_DONE
-    results = [read_result(config.run_dir) for config in configs]
-    codes = [EXIT_RANK_FAILURE if result is None else int(result["exit_code"]) for result in results]
-    return next((code for code in codes if code), EXIT_DONE)
+    if first.launcher.slurm.wait:
+        job = run_job(folder / ARRAY)
+        outputs = [folder / "launch" / f"slurm-{job.number}_{task}.out" for task in range(len(configs))]
+        codes = [_code(config, job, output) for config, output in zip(configs, outputs, strict=True)]
+        return next((code for code in codes if code), EXIT_DONE)
+    number = queue_job(folder / ARRAY)
+    print(f"queued {len(configs)} points as array {number}; output: {folder / 'launch'}; stop with: scancel {number}")
+    return EXIT_DONE
+
+
+def _write_submitted(config: Config) -> Path:
+    file = (Path(config.run_dir) / SUBMITTED).absolute()
+    replace_text(file, yaml.safe_dump(to_dict(config), sort_keys=False))
+    return file
+
+
+def _code(config: Config, job: EndedJob, output: Path) -> int:
+    """Exit code of a run whose job has ended: its own, if it came to train."""
+    result = read_result(config.run_dir)
+    if result is not None:
+        return int(result["exit_code"])
+    if job.stopped_by is not None:
+        print(f"job {job.number} was stopped before training began: there was nothing to save", file=sys.stderr)
+        return 128 + job.stopped_by
+    print(
+        f"error: job {job.number} ended with exit code {job.code} and without a result of {config.run_dir}: see {output}",
+        file=sys.stderr,
+    )
+    said = (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, *STOPPED)
+    return job.code if job.code in said else EXIT_RANK_FAILURE
 
 
 def _options(config: Config, min_nodes: int | None) -> dict[str, str | int]:
@@ -220,19 +247,3 @@ def _output(folder: Path) -> str:
             "to Slurm: choose another run.dir"
         )
     return str(folder)
-
-
-def _sbatch(options: Sequence[str], script: Path, *, may_fail: bool = False) -> str:
-    """Number of the job that ``sbatch`` has queued."""
-    command = ["sbatch", "--parsable", *options, str(script)]
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        raise ConfigError(
-            "launcher=slurm needs sbatch, which is not installed on this machine: give the command on a login node of the "
-            "cluster, or use launcher=torchrun"
-        ) from error
-    if done.returncode != 0 and not (may_fail and done.stdout.strip()):
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise ConfigError(f"sbatch refuses {script}: {said}; see launcher.slurm.*")
-    return done.stdout.strip().partition(";")[0]

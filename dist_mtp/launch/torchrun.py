@@ -28,8 +28,8 @@ from dist_mtp.launch.agent import BEGAN, Node, run_node
 from dist_mtp.launch.cluster import Cluster
 from dist_mtp.launch.hosts import is_this_machine
 from dist_mtp.launch.remote import CONNECT_S, explain_ssh, ssh_command
-from dist_mtp.launch.signals import handled
 from dist_mtp.launcher_checks import parse_endpoint
+from dist_mtp.signals import handled
 
 END_S = 5.0
 """After one node's launcher has ended the others follow; those that have not by then are told to."""

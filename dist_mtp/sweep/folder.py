@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_mtp.errors import ConfigError
-from dist_mtp.launch.signals import handled
 from dist_mtp.monitor.atomic import replace_text
 from dist_mtp.monitor.sweep_points import RECORDS, read_records
 from dist_mtp.run_folder import lock_run_folder
 from dist_mtp.same_run import changed_keys
+from dist_mtp.signals import handled
 from dist_mtp.sweep.definition import Sweep
 
 SWEEP_FILE = "sweep.json"

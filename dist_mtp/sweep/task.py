@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import fcntl
 import math
@@ -26,12 +25,10 @@ from dist_mtp.errors import EXIT_CONFIG, EXIT_DONE, EXIT_INTERRUPTED, EXIT_TERMI
 from dist_mtp.monitor.result import read_result
 from dist_mtp.monitor.sweep_points import RECORDS, PointRecord, write_record
 from dist_mtp.run_folder import CONFIG_FILE, lock_run_folder
+from dist_mtp.signals import end_with_parent
 from dist_mtp.sweep.definition import point_arguments, point_name
 from dist_mtp.sweep.folder import read_sweep, stopped_by, trained_differently
 
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-"""``prctl(2)``."""
 _RELEASE_S = 60.0
 """How long the run folder may still be held by a point whose sweep was killed: it saves a checkpoint first."""
 
@@ -79,7 +76,7 @@ def _ended(folder: Path, record: PointRecord, config: Config, title: str) -> Poi
     search_path = [override for override in job.overrides.hydra if override.startswith("hydra.searchpath=")]
     arguments = point_arguments(search_path, record.overrides, run_dir)
     if job.runtime.choices["hydra/launcher"] == "joblib":
-        _end_with_parent()  # its workers outlive a killed sweep otherwise
+        end_with_parent()  # its workers outlive a killed sweep otherwise
     is_alone = job.runtime.choices["hydra/launcher"] == "basic"
     # Points side by side would write into each other's lines.
     log = None if is_alone else folder / RECORDS / f"{record.name}.log"
@@ -128,7 +125,7 @@ def run_process(command: list[str], folder: Path, record: PointRecord, log: Path
     output = None if log is None else open(log, "ab")  # noqa: SIM115 (closed below)
     try:
         # A sweep that is killed must not leave a point behind that trains on, and holds its folder, unseen.
-        with subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=_end_with_parent) as process:
+        with subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=end_with_parent) as process:
             write_record(folder, dataclasses.replace(record, pid=process.pid))
             if stopped_by(folder):  # the signal came before there was a process to pass it on to
                 process.terminate()
@@ -137,12 +134,6 @@ def run_process(command: list[str], folder: Path, record: PointRecord, log: Path
     finally:
         if output is not None:
             output.close()
-
-
-def _end_with_parent() -> None:
-    """Get SIGTERM when the process that started this one is gone, however it ended; Linux only."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextmanager

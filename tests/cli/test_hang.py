@@ -27,7 +27,8 @@ class TestStoppedRank:
     it waits in, the launcher names ranks, and no process stays behind."""
 
     def test_ends_by_itself(self, tmp_path: Path) -> None:
-        command = overrides(tmp_path, "hang", "train.steps=5000", f"train.hang_timeout_s={HANG_TIMEOUT_S}")
+        limits = ("train.steps=5000", f"train.hang_timeout_s={HANG_TIMEOUT_S}")
+        command = overrides(tmp_path, "hang", *limits, "monitor.progress=bar")
         running = Running(launches.dist_mtp(*command), tmp_path / "hang")
         running.wait_for_step(3)
         os.kill(running.rank_pids()[1], signal.SIGSTOP)
@@ -40,6 +41,9 @@ class TestStoppedRank:
         assert seconds < limit, f"ended {seconds:.0f} s after the stop, expected less than {limit}"
         assert "error: rank 0 failed or stopped making progress" in ended.output, ended.output
         assert "rank 1 did not react" in ended.output, ended.output
+        after_bar = ended.output.rpartition("\x1b[2K")[2]
+        assert "ETA" in ended.output, f"there was no bar: {ended.output}"
+        assert "ETA" not in after_bar, f"the progress bar was left on the terminal: {after_bar!r}"
         result = read_result(ended.folder)
         assert result is not None, "no result.json"
         got = (result["status"], result["exit_code"])

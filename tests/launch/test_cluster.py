@@ -136,6 +136,7 @@ class TestSlurm:
             input=body,
             text=True,
             capture_output=True,
+            cwd=tmp_path,
             env={
                 "PATH": os.environ["PATH"],
                 "SLURM_JOB_NODELIST": "n",
@@ -145,7 +146,7 @@ class TestSlurm:
         )
         words = ran.stdout.split("|")
         assert str(tmp_path / "corpus folder") in words, f"{ran.stdout}\n{ran.stderr}"
-
+        assert not (tmp_path / "broken").exists(), "a shell ran a part of the run folder's name"
         assert words[-3:] == ["--node-rank", "1", ""], words
 
     @pytest.mark.parametrize(

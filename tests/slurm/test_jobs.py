@@ -20,6 +20,10 @@ from dist_mtp.monitor.result import read_result
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "launchers" / "slurm.sbatch"
+JOB = (
+    *("launcher=slurm", "launcher.nodes=2", "launcher.ranks_per_node=1", "device=cpu"),
+    *("launcher.slurm.time_limit=10", "launcher.slurm.exclusive=false"),
+)
 JOB_S = 120.0
 """Of one job, its wait in the queue included; 15 s on an idle machine."""
 
@@ -32,9 +36,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 def submit(cluster: SlurmCluster, folder: Path, run: str, *more: str) -> subprocess.CompletedProcess[str]:
     """``dist-mtp train launcher=slurm`` for a job of two nodes with one CPU rank each."""
-    nodes = ["launcher=slurm", "launcher.nodes=2", "launcher.ranks_per_node=1", "device=cpu"]
-    limits = ["launcher.slurm.time_limit=10", "launcher.slurm.exclusive=false"]
-    arguments = overrides(folder, run, *nodes, *limits, "parallel.pp=2", *more)
+    arguments = overrides(folder, run, *JOB, "parallel.pp=2", *more)
     if "-m" in more:
         arguments = [argument for argument in arguments if not argument.startswith("run.dir=")]
     return subprocess.run(
@@ -113,6 +115,31 @@ class TestJob:
         wait_until(lambda: job not in cluster.run("squeue", "-h").stdout, "end of the job", cluster, tmp_path)
         code = cluster.run("scontrol", "show", "job", job).stdout.split("ExitCode=")[1].split()[0]
         assert code == f"{EXIT_TERMINATED}:0", f"Slurm saw {code}, expected {EXIT_TERMINATED}:0"
+
+    def test_waiting_for_a_job(self, cluster: SlurmCluster, tmp_path: Path) -> None:
+        """Who waits for a job and is told to stop lets it save, and ends as it does."""
+        run = tmp_path / "waited"
+        arguments = overrides(tmp_path, "waited", *JOB, "parallel.pp=2", "train.steps=5000", "launcher.slurm.wait=true")
+        waiting = subprocess.Popen(
+            launches.dist_mtp(*arguments),
+            env=cluster.environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            metrics = run / "metrics.jsonl"
+            wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 2, "steps", cluster, tmp_path)
+            waiting.terminate()
+            output, _ = waiting.communicate(timeout=JOB_S)
+        finally:
+            waiting.kill()
+        assert waiting.returncode == EXIT_TERMINATED, output
+        result = read_result(run)
+        assert result is not None
+        assert result["status"] == "interrupted", f"result.json says {result}"
+        assert cluster.run("squeue", "-h").stdout.strip() == "", "the job goes on"
 
     def test_refused_job(self, cluster: SlurmCluster, tmp_path: Path) -> None:
         done = submit(cluster, tmp_path, "refused", "launcher.slurm.partition=nowhere")

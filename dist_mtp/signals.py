@@ -1,10 +1,22 @@
-"""SIGTERM and SIGINT, handled for a while."""
+"""How processes of a run learn that they shall end."""
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_LIBC = ctypes.CDLL(None)  # not loaded between fork and exec
+_PR_SET_PDEATHSIG = 1
+"""``prctl(2)``."""
+
+
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Get a signal when the process that started this one is gone, however it ended; Linux only."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number)
 
 
 @contextmanager
