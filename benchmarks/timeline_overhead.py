@@ -45,7 +45,7 @@ from dist_mtp.monitor.timeline_files import write_timeline  # noqa: E402
 from dist_mtp.pipeline.costs import UnitCost  # noqa: E402
 from dist_mtp.pipeline.plan import make_plan  # noqa: E402
 from dist_mtp.pipeline.simulate import simulate  # noqa: E402
-from dist_mtp.pipeline.timeline import from_marks  # noqa: E402
+from dist_mtp.pipeline.timeline import FIRST_STEP, from_marks  # noqa: E402
 from dist_mtp.run_folder import read_config  # noqa: E402
 
 EVERY = 3
@@ -97,7 +97,9 @@ def timing(run: Path) -> dict[str, Any]:
     ended = {event.step: event.wall_time for event in scalar_events(run)}
     # What is left of the time between two steps' ends, without the second step itself, is what rank 0 did after the first.
     after = {step: ended[step + 1] - ended[step] - times[step + 1] for step in times if step + 1 in times}
-    with_one, without = ([s for s in times if s % EVERY == place] for place in (0, EVERY - 1))
+    with_one, without = (
+        [s for s in times if s % EVERY == place] for place in (FIRST_STEP % EVERY, (FIRST_STEP - 1) % EVERY)
+    )
     base = statistics.median(times[s] for s in without)
     recording = statistics.median(times[s] for s in with_one) / base
     drawing = statistics.median(after[s] for s in with_one if s in after) - statistics.median(

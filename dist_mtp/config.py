@@ -357,7 +357,8 @@ class MonitorConfig:
     where standard output is a terminal."""
     tensorboard: bool = True
     timeline_every: int = 100
-    """Steps between measured timelines: what each rank computed when, and its bubble; the 5th step has one too. 0: none."""
+    """Steps between measured timelines (what each rank computed when, and its bubble), from the 5th step after each start
+    on; a step with FP8 statistics leaves it to the next. 0: none."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ tokenised corpus that they have prepared, ``--config-hash SHA256`` of the config
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import itertools
 import os
@@ -41,9 +40,8 @@ from dist_mtp.errors import (
 from dist_mtp.launcher_checks import parse_endpoint
 from dist_mtp.parallel.environment import prepare_environment
 from dist_mtp.run_folder import read_config
+from dist_mtp.signals import end_with_parent
 
-_PR_SET_PDEATHSIG = 1
-"""``prctl(2)``: signal to get when the parent process dies."""
 SIGNAL_PATIENCE_S = 5.0
 """Repeated signals within this time are one stop: Slurm, for example, signals all ranks and also their launcher, which
 passes it on."""
@@ -128,7 +126,7 @@ def run_rank(config: Config, *, prepared: Path | None) -> int:
     from dist_mtp.run_folder import lock_run_folder, prepare_run_folder
 
     if prepared is not None:
-        _end_with_parent()
+        end_with_parent()
     check_installed(config)
     # The watchdog speaks first.
     device = init_process_group(timeout_s=2 * config.train.hang_timeout_s, device=config.device)
@@ -180,12 +178,19 @@ def _train(config: Config, device: Any, corpus: Any, log: TextIO) -> int:
     from dist_mtp.pipeline.plan import make_plan
     from dist_mtp.trainer import Trainer
 
-    watchdog = Watchdog(config.train.hang_timeout_s, log)
+    monitor = Monitor()
+
+    def end_process(code: int) -> None:
+        monitor.leave_terminal()
+        os._exit(code)
+
+    watchdog = Watchdog(config.train.hang_timeout_s, log, exit_process=end_process)
     try:
         mesh = make_mesh(config, device)
         plan = make_plan(config, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
         is_first = mesh.rank == 0
-        monitor = RunMonitor(config, plan, corpus.info, _throughput(config, device)) if is_first else Monitor()
+        if is_first:
+            monitor = RunMonitor(config, plan, corpus.info, _throughput(config, device))
         trainer = Trainer(config, mesh, plan, corpus, monitor, watchdog.beat)
         received = _stop_on_signals(trainer)
         metrics = trainer.run()
@@ -197,15 +202,10 @@ def _train(config: Config, device: Any, corpus: Any, log: TextIO) -> int:
         watchdog.beat("shutdown")
         dist.barrier()
     finally:
+        monitor.close()  # before the error of a run that failed is printed
         watchdog.stop()
         log.flush()
     return code
-
-
-def _end_with_parent() -> None:
-    """Be told to stop (SIGTERM) when the launcher dies, however it dies; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _report_end(config: Config, step: int, metrics: dict[str, float], code: int, monitor: Any) -> None:
@@ -227,7 +227,7 @@ def _report_end(config: Config, step: int, metrics: dict[str, float], code: int,
         metrics = next(reversed(read_metrics(Path(config.run_dir) / "metrics.jsonl")), {})
     status = "done" if code == EXIT_DONE else "interrupted"
     write_result(config.run_dir, status, code, metrics, metrics.get("eval_loss_main"), None)
-    monitor.close()
+    monitor.close()  # at once, not when all other ranks are done
 
 
 def _throughput(config: Config, device: Any) -> Any:

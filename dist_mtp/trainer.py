@@ -59,7 +59,7 @@ class Trainer:
     ) -> None:
         self.config, self.mesh, self.plan, self.corpus = config, mesh, plan, corpus
         self.monitor, self.beat = monitor, beat
-        self.step = 0
+        self.step = self.start = 0
         self.stop_signal = False
         self.stopping = False
         self.batches = BatchSource(config, mesh, corpus)
@@ -112,7 +112,7 @@ class Trainer:
             self.beat(f"step {self.step}, checkpoint")
 
         restoring()
-        self.step = start = restore_newest(
+        self.step = self.start = start = restore_newest(
             config, self.engine, self.mesh, corpus=fingerprint, report=self.monitor.warn, beat=restoring
         )
         self.monitor.start(resume_step=start)
@@ -203,7 +203,9 @@ class Trainer:
 
     def _run_pipeline(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[HeadStats], Metrics]:
         """Forward and backward of the step, with its bubble if this is a step to measure. Collective."""
-        if not is_measured(self.step, self.config.monitor.timeline_every):
+        statistics_every = self.config.precision.fp8_statistics_every if self.fp8 is not None else 0
+        every = self.config.monitor.timeline_every
+        if not is_measured(self.step, every, start=self.start, statistics_every=statistics_every):
             return self.runtime.train_step(micro_batches), {}
         self.beat(f"step {self.step}, common start of its timeline")
         clock = Clock(self.mesh.device)

@@ -52,7 +52,7 @@ SEARCH = (
     "mtp.depth=0,1",
     *SWEEP[3:],
 )
-PLOTTED = ("losses", "acceptance", "expert_load", "expert_load_spread", "bubble", "fp8")
+PLOTTED = ("losses", "mtp", "experts", "expert_load_spread", "pipeline", "fp8")
 TIMEOUT_S = 1200.0
 SETTLE_S = 2.0
 """From a complete tab until its animations have ended."""
@@ -141,10 +141,10 @@ def take(board: TensorBoardPage, name: str) -> None:
 
 
 def plot(run: Path) -> None:
-    """The pictures of ``dist-mtp plot`` that the page shows, and the last measured timeline."""
+    """The pictures of ``dist-mtp plot`` that the page shows."""
     call("plot", str(run))
     sources = {f"plot_{name}": run / "plots" / f"{name}.png" for name in PLOTTED} | {
-        "run_timeline": run / "timeline.png"
+        "run_timeline": run / "plots" / "timeline.png"
     }
     for name, source in sources.items():
         copy(source, name)

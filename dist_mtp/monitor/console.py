@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
+import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TextIO
 
 from dist_mtp.monitor.depths import by_depth
 from dist_mtp.monitor.formatting import compact, duration, fit, percent
-from dist_mtp.monitor.progress import ProgressBar, shows_bar
+from dist_mtp.monitor.other_lines import LinesAboveBar
+from dist_mtp.monitor.progress import ProgressBar, is_terminal, shows_bar
 
-RECENT_STEPS = 50
-"""Steps whose median time predicts the remaining time; the median ignores a step that waited for a checkpoint."""
+RECENT_STEPS = 200
+"""Steps whose pace predicts the remaining time: many, as evaluations and checkpoints between them are part of it."""
 
 
 class Console:
@@ -27,14 +28,23 @@ class Console:
 
     Args:
         progress: ``monitor.progress``: whether a bar stays at the bottom of ``stream``. The log file never has one.
+        clock: seconds.
     """
 
-    def __init__(self, stream: TextIO, *, log_file: str | Path | None, progress: str = "auto") -> None:
-        self._stream = stream
-        self._bar = ProgressBar(stream) if shows_bar(progress, stream) else None
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        log_file: str | Path | None,
+        progress: str = "auto",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream, self._clock = stream, clock
+        self._bar = ProgressBar(stream, clock) if shows_bar(progress, stream) else None
+        self._above_bar: list[LinesAboveBar] = []
         self._outputs: list[TextIO] = [stream]
         self._log: TextIO | None = None
-        self._step_times: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._step_ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         if log_file is not None:
             Path(log_file).parent.mkdir(parents=True, exist_ok=True)
             self._log = open(log_file, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
@@ -47,13 +57,13 @@ class Console:
 
     def step_line(self, metrics: Mapping[str, float], total_steps: int) -> None:
         """One line for a trained step; all lines of a run have the same columns."""
-        left_s = self._note_step(metrics, total_steps)
+        left_s, _ = self._note_step(metrics, total_steps)
         self._write(format_step(metrics, total_steps, left_s))
 
     def progress(self, metrics: Mapping[str, float], total_steps: int) -> None:
         """A trained step that gets no line of its own: only the bar moves."""
-        self._note_step(metrics, total_steps)
-        if self._bar is not None:
+        _, changed = self._note_step(metrics, total_steps)
+        if self._bar is not None and changed:
             self._send(self._stream, self._bar.redrawn())
 
     def eval_line(self, metrics: Mapping[str, float], total_steps: int) -> None:
@@ -66,22 +76,42 @@ class Console:
     def warn(self, text: str) -> None:
         self._write(f"warning: {text}")
 
+    def put_above_bar(self, stream: TextIO) -> None:
+        """Until :meth:`close`, lines that others write to ``stream`` stand above the bar if they reach a terminal, too."""
+        bar = self._bar
+        if bar is not None and is_terminal(stream):
+            others = LinesAboveBar(
+                stream, lambda: self._send(self._stream, bar.hidden()), lambda: self._send(self._stream, bar.redrawn())
+            )
+            self._above_bar.append(others)
+            others.start()
+
+    def clear_bar(self) -> None:
+        """Remove the bar for good."""
+        if self._bar is not None:
+            self._send(self._stream, self._bar.hidden())
+            self._bar = None
+        while self._above_bar:
+            self._above_bar.pop().stop()
+
     def close(self) -> None:
         """Remove the bar and close the log file; the stream belongs to the caller."""
-        if self._bar is not None:
-            self._send(self._stream, self._bar.cleared())
-            self._bar = None
+        self.clear_bar()
         if self._log is not None:
             with contextlib.suppress(OSError):
                 self._log.close()
 
-    def _note_step(self, metrics: Mapping[str, float], total_steps: int) -> float:
-        """Seconds that are left."""
-        self._step_times.append(metrics["step_time"])
-        left_s = (total_steps - metrics["step"]) * statistics.median(self._step_times)
-        if self._bar is not None:
-            self._bar.update(metrics, total_steps, left_s)
-        return left_s
+    def _note_step(self, metrics: Mapping[str, float], total_steps: int) -> tuple[float, bool]:
+        """Seconds that are left, and whether the bar has changed.
+
+        The pace is that of the clock: steps alone would leave out evaluations, checkpoints and pictures between them.
+        """
+        self._step_ends.append(self._clock())
+        pauses = len(self._step_ends) - 1
+        pace = (self._step_ends[-1] - self._step_ends[0]) / pauses if pauses else metrics["step_time"]
+        left_s = (total_steps - metrics["step"]) * pace
+        changed = self._bar is not None and self._bar.update(metrics, total_steps, left_s)
+        return left_s, changed
 
     def _write(self, line: str) -> None:
         text = f"{line}\n"
@@ -91,7 +121,8 @@ class Console:
 
     def _send(self, output: TextIO, text: str) -> None:
         """Nothing goes to an output that failed once."""
-        if output in self._outputs and not _try_write(output, text):
+        write = next((others.write for others in self._above_bar if others.stream is output), output.write)
+        if output in self._outputs and not _try_write(output, write, text):
             self._outputs.remove(output)
 
 
@@ -137,12 +168,12 @@ def _loss_columns(metrics: Mapping[str, float], prefix: str) -> list[str]:
     return [main, *(f"mtp{k} {fit(loss, 7, 4)}" for k, loss in enumerate(depths, start=1))]
 
 
-def _try_write(output: TextIO, text: str) -> bool:
-    """Whether the text got out."""
+def _try_write(output: TextIO, write: Callable[[str], object], text: str) -> bool:
+    """Whether the text got out; ``write`` is the output's."""
     encoding = output.encoding or "utf-8"  # None: an in-memory stream
     try:
         # A path with an accent must not raise under an ASCII locale.
-        output.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        write(text.encode(encoding, "backslashreplace").decode(encoding))
         output.flush()
     except (OSError, ValueError):  # ValueError: the stream was closed
         _discard_pending(output)

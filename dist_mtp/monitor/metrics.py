@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dist_mtp.errors import DataError
 from dist_mtp.monitor import strict_json
@@ -18,7 +19,7 @@ METRICS = "metrics.jsonl"
 
 TIMING_KEYS: frozenset[str] = frozenset(
     {"step_time", "tokens_per_s", "tflops_per_device", "mfu", "data_wait_s", "all_to_all_wait_s", "memory_gib"}
-    | {"bubble", "bubble_plan", "p2p_wait_s"}
+    | {"bubble", "bubble_plan", "pipeline_time", "p2p_wait_s"}
 )
 TIMING_PATTERN = re.compile(r"memory_rank_\d+_gib|stage_\d+_busy_share")
 """Keys, and patterns of keys, that depend on the machine and its mood, and on how ranks share the work; all others are
@@ -46,11 +47,11 @@ class MetricsFile:
         replace_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)  # 1: line-buffered, each row is flushed
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Mapping[str, float] | Mapping[str, float | list[float]]) -> None:
         """Append one step's metrics; they must hold ``step`` (1-based).
 
         Raises:
-            TypeError: a value is no plain number, such as a tensor.
+            TypeError: a value is no plain number or list of them, such as a tensor.
             OSError: the disk is full.
         """
         self._file.write(strict_json.to_line(row))
@@ -66,6 +67,11 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         DataError: a row other than the last is damaged.
         OSError: there is no such file.
     """
+    return read_rows(path)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """As :func:`read_metrics`, for another file that a :class:`MetricsFile` wrote."""
     return [strict_json.decode(row) for _, row in _lines(Path(path))]
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dist_mtp.config import Config, to_dict
 from dist_mtp.monitor.console import Console
-from dist_mtp.monitor.metrics import MetricsFile, read_metrics
+from dist_mtp.monitor.expert_loads import EXPERT_LOADS, ExpertLoadsFile
+from dist_mtp.monitor.metrics import METRICS, MetricsFile, read_metrics
 from dist_mtp.monitor.plan_files import PICTURE, write_plan
 from dist_mtp.monitor.report import final_report, median_tokens_per_s, parameter_table
 from dist_mtp.monitor.tensorboard import TensorBoard
 from dist_mtp.monitor.throughput import Throughput
-from dist_mtp.monitor.timeline_files import TIMELINE_PICTURE, write_timeline
+from dist_mtp.monitor.timeline_files import TIMELINE_PICTURE, drop_timelines, write_timeline
 from dist_mtp.pipeline.costs import list_units, unit_parameters
 from dist_mtp.pipeline.plan import Plan
 from dist_mtp.pipeline.timeline import MeasuredTimeline
@@ -52,7 +53,11 @@ class Monitor:
     def finish(self) -> None:
         """The run ended well."""
 
-    def close(self) -> None: ...
+    def leave_terminal(self) -> None:
+        """The process is about to end at once: nothing but the lines may stay on the terminal."""
+
+    def close(self) -> None:
+        """The last call, however the run ended; another one does nothing."""
 
 
 class RunMonitor(Monitor):
@@ -70,15 +75,21 @@ class RunMonitor(Monitor):
         log_file = self.run_dir / "logs" / "rank_0.log"
         self.console = Console(sys.stdout, log_file=log_file, progress=config.monitor.progress)
         self._metrics_file: MetricsFile | None = None
+        self._loads_file: ExpertLoadsFile | None = None
         self._tensorboard: TensorBoard | None = None
         self._last_checkpoint: Path | None = None
         self._last_loads: dict[int, Tensor] = {}
         self._timeline: MeasuredTimeline | None = None
+        for stream in (sys.stdout, sys.stderr):
+            self.console.put_above_bar(stream)
 
     def start(self, resume_step: int) -> None:
         config = self._config
         plan_text = write_plan(self._plan, self.run_dir)
-        self._metrics_file = MetricsFile(self.run_dir / "metrics.jsonl", resume_step or None)
+        self._metrics_file = MetricsFile(self.run_dir / METRICS, resume_step or None)
+        if config.moe_layers:
+            self._loads_file = ExpertLoadsFile(self.run_dir / EXPERT_LOADS, resume_step or None)
+        drop_timelines(self.run_dir, after=resume_step)
         if config.monitor.tensorboard:
             self._tensorboard = TensorBoard(
                 self.run_dir / "tensorboard",
@@ -117,6 +128,8 @@ class RunMonitor(Monitor):
 
     def expert_loads(self, step: int, layers: Sequence[int], load_LE: Tensor) -> None:
         self._last_loads = dict(zip(layers, load_LE, strict=True))  # views: the host copy is made once, by finish()
+        if self._loads_file is not None:
+            self._loads_file.write(step, layers, load_LE)
         if self._tensorboard is not None:
             self._tensorboard.write_expert_loads(step, layers, load_LE)
 
@@ -146,7 +159,7 @@ class RunMonitor(Monitor):
         self.console.warn(text)
 
     def finish(self) -> None:
-        rows = read_metrics(self.run_dir / "metrics.jsonl")
+        rows = read_metrics(self.run_dir / METRICS)
         evaluated = {key: value for key, value in self.last_metrics.items() if key.startswith("eval_")}
         self.console.notice("")
         self.console.header(
@@ -162,12 +175,16 @@ class RunMonitor(Monitor):
             )
         )
 
+    def leave_terminal(self) -> None:
+        self.console.clear_bar()
+
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._metrics_file is not None:
-            self._metrics_file.close()
-        self.console.close()
+        try:
+            for output in (self._tensorboard, self._metrics_file, self._loads_file):
+                if output is not None:
+                    output.close()
+        finally:  # a full disk must not leave the bar behind
+            self.console.close()
 
 
 def _describe(config: Config, plan: Plan, corpus_info: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,34 @@ _MIN_HATCH_WIDTH = 1.0
 """Points below which a wait is not hatched: nobody would see it, and hatching is what takes longest to draw."""
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """What a picture says about the plan of its step."""
+
+    schedule: str
+    placement: str
+    micro_batches: int
+    stage_to_rank: tuple[int, ...]
+    step_time: float
+    """Predicted, in seconds."""
+    bubble: float
+    """Predicted."""
+
+    @staticmethod
+    def of(plan: Plan) -> Pipeline:
+        timeline = plan.timeline
+        return Pipeline(
+            plan.schedule, plan.placement, plan.micro_batches, plan.stage_to_rank, timeline.step_time, timeline.bubble
+        )
+
+    @property
+    def pp(self) -> int:
+        return max(self.stage_to_rank) + 1
+
+    def stages_of(self, rank: int) -> list[int]:
+        return [stage for stage, owner in enumerate(self.stage_to_rank) if owner == rank]
+
+
 def plot_plan(plan: Plan, path: str | Path) -> None:
     """Draw the plan's predicted step as a Gantt chart and write it as PNG.
 
@@ -36,22 +65,23 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     microbatch; grey is idle.
     """
     step_time = plan.timeline.step_time
-    title = f"{_schedule(plan)}: predicted bubble {100 * plan.timeline.bubble:.1f} %, step {_shown(step_time)}"
-    _draw(plan, plan.timeline.events, step_time, path, title=title, clock=plan.profile.name)
+    pipeline = Pipeline.of(plan)
+    title = f"{_schedule(pipeline)}: predicted bubble {100 * pipeline.bubble:.1f} %, step {_shown(step_time)}"
+    _draw(pipeline, plan.timeline.events, step_time, path, title=title, clock=plan.profile.name)
 
 
-def plot_timeline(plan: Plan, step: int, timeline: MeasuredTimeline, path: str | Path) -> None:
+def plot_timeline(pipeline: Pipeline, step: int, timeline: MeasuredTimeline, path: str | Path) -> None:
     """Draw a measured step in the style of :func:`plot_plan`; hatched grey is the wait for a message."""
     title = (
-        f"{_schedule(plan)}: measured step {step}, bubble {100 * timeline.bubble:.1f} % "
-        f"(plan {100 * plan.timeline.bubble:.1f} %), {_shown(timeline.step_time)}"
+        f"{_schedule(pipeline)}: measured step {step}, bubble {100 * timeline.bubble:.1f} % "
+        f"(plan {100 * pipeline.bubble:.1f} %), {_shown(timeline.step_time)}"
     )
     waits = [(event.rank, event.start - event.waited, event.waited) for event in timeline.events if event.waited > 0]
-    _draw(plan, timeline.events, timeline.step_time, path, title=title, clock="this run's devices", waits=waits)
+    _draw(pipeline, timeline.events, timeline.step_time, path, title=title, clock="this run's devices", waits=waits)
 
 
 def _draw(
-    plan: Plan,
+    pipeline: Pipeline,
     events: Sequence[Event],
     step_time: float,
     path: str | Path,
@@ -65,25 +95,25 @@ def _draw(
     from matplotlib.figure import Figure
 
     scale, unit = _time_unit(step_time)
-    actions = max(len(actions) for actions in plan.table)
+    actions = max(Counter(event.rank for event in events).values())
     width = min(max(10.0, 0.15 * actions), 32.0)
     text = 8 + 0.2 * (width - 10)  # a wide picture is looked at from further away
     figure = Figure(
-        figsize=(width, 1.4 + 0.06 * text + (0.3 + 0.012 * width) * plan.pp), dpi=_DPI, layout="constrained"
+        figsize=(width, 1.4 + 0.06 * text + (0.3 + 0.012 * width) * pipeline.pp), dpi=_DPI, layout="constrained"
     )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_xlim(0, step_time * scale)
-    axes.set_ylim(plan.pp - 0.5, -0.5)  # rank 0 on top
+    axes.set_ylim(pipeline.pp - 0.5, -0.5)  # rank 0 on top
     figure.draw_without_rendering()  # settles the layout, so that the width of a lane in points is known
     points = axes.get_window_extent().width * 72 / _DPI / step_time
 
     lanes: dict[tuple[int, str, int], list[Event]] = defaultdict(list)
-    order = {stage.index: plan.stages_of(stage.rank).index(stage) for stage in plan.stages}
+    order = {stage: pipeline.stages_of(rank).index(stage) for stage, rank in enumerate(pipeline.stage_to_rank)}
     for event in events:
         lanes[event.rank, event.action.kind.value, order[event.action.stage]].append(event)
-    number_width = _DIGIT_WIDTH * len(str(plan.micro_batches - 1)) + 0.5
-    for rank in range(plan.pp):
+    number_width = _DIGIT_WIDTH * len(str(pipeline.micro_batches - 1)) + 0.5
+    for rank in range(pipeline.pp):
         axes.broken_barh([(0, step_time * scale)], (rank - 0.4, 0.8), facecolor=_IDLE, zorder=0)
         axes.broken_barh(
             [
@@ -120,7 +150,8 @@ def _draw(
     # The layout needs the labels around the lanes, and would measure thousands of boxes and numbers inside them.
     for artist in (*axes.collections, *axes.texts):
         artist.set_in_layout(False)
-    axes.set_yticks(range(plan.pp), [_lane_label(plan, rank) for rank in range(plan.pp)], fontsize=text, color=_INK)
+    lanes_of = range(pipeline.pp)
+    axes.set_yticks(lanes_of, [_lane_label(pipeline, rank) for rank in lanes_of], fontsize=text, color=_INK)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=text, colors=_FAINT)
     axes.set_xlabel(f"time in {unit} on {clock}", fontsize=text, color=_FAINT)
@@ -131,13 +162,13 @@ def _draw(
     figure.savefig(path, dpi=_DPI, facecolor="white")
 
 
-def _schedule(plan: Plan) -> str:
-    return f"{plan.schedule} on {plan.placement} placement, P={plan.pp}, M={plan.micro_batches}"
+def _schedule(pipeline: Pipeline) -> str:
+    return f"{pipeline.schedule} on {pipeline.placement} placement, P={pipeline.pp}, M={pipeline.micro_batches}"
 
 
-def _lane_label(plan: Plan, rank: int) -> str:
-    stages = plan.stages_of(rank)
-    return f"rank {rank}   stage{'s' if len(stages) > 1 else ''} {', '.join(str(stage.index) for stage in stages)}"
+def _lane_label(pipeline: Pipeline, rank: int) -> str:
+    stages = pipeline.stages_of(rank)
+    return f"rank {rank}   stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))}"
 
 
 def _add_legend(figure: Any, drawn: set[tuple[str, int]], text: float, *, waits: bool) -> None:

@@ -7,14 +7,18 @@ one place where a broken terminal is noticed.
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 from dist_mtp.monitor.formatting import compact, duration, fit
 
 ERASE = "\r\x1b[2K"
 """To the start of the line, and clear it."""
+REDRAW_S = 0.1
+"""Least time between two states of the bar: nobody reads faster, and drawing one takes rich about a millisecond."""
 _COLUMNS = 80
 """Of a terminal that does not say how wide it is."""
 
@@ -23,8 +27,12 @@ def shows_bar(progress: str, stream: TextIO) -> bool:
     """Whether ``monitor.progress`` asks for a bar on this stream. A terminal that cannot clear a line has none."""
     if progress == "lines" or os.environ.get("TERM") == "dumb":
         return False
+    return progress == "bar" or is_terminal(stream)
+
+
+def is_terminal(stream: TextIO) -> bool:
     try:
-        return progress == "bar" or stream.isatty()
+        return stream.isatty()
     except ValueError:  # closed
         return False
 
@@ -32,13 +40,19 @@ def shows_bar(progress: str, stream: TextIO) -> bool:
 class ProgressBar:
     """Remembers what the bottom line shows, so that lines can be put above it."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock = stream, clock
         self._shown = ""
+        self._drawn_at = -math.inf
 
-    def update(self, metrics: Mapping[str, float], total_steps: int, left_s: float) -> None:
-        """A step was trained."""
+    def update(self, metrics: Mapping[str, float], total_steps: int, left_s: float) -> bool:
+        """A step was trained. Returns whether the bar has changed: it does so once in :data:`REDRAW_S`, and at the end."""
+        now = self._clock()
+        if now - self._drawn_at < REDRAW_S and metrics["step"] < total_steps:
+            return False
+        self._drawn_at = now
         self._shown = self._draw(metrics, total_steps, left_s)
+        return True
 
     def redrawn(self) -> str:
         """What replaces the bottom line by its new state."""
@@ -48,11 +62,9 @@ class ProgressBar:
         """What puts ``lines``, which end in a newline, above the bottom line."""
         return f"{ERASE}{lines}{self._shown}" if self._shown else lines
 
-    def cleared(self) -> str:
-        """What removes the bottom line for good."""
-        erase = ERASE if self._shown else ""
-        self._shown = ""
-        return erase
+    def hidden(self) -> str:
+        """What removes the bottom line, until it is redrawn."""
+        return ERASE if self._shown else ""
 
     def _draw(self, metrics: Mapping[str, float], total_steps: int, left_s: float) -> str:
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""Which TensorBoard tag each metric has, and which tags share a chart. Units are part of a tag's name."""
+"""Which TensorBoard tag each metric has. Units are part of a tag's name; ``charts`` says which tags share a chart."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ TAGS: dict[str, str] = {
     "loss_z": "moe/loss_z",
     "memory_gib": "memory/peak_gib",
     "memory_rank_{k}_gib": "memory/rank_{k}_gib",
+    "pipeline_time": "pipeline/time_s",
     "p2p_wait_s": "pipeline/p2p_wait_s",
     "eval_loss_main": "eval/loss_main",
     "eval_loss_mtp_{k}": "eval/loss_mtp_{k}",
@@ -91,66 +92,3 @@ def scalars(row: Mapping[str, float]) -> dict[str, float]:
     if accept_rates := by_depth(row, "accept_mtp_"):
         values["mtp/expected_tokens_per_step"] = expected_tokens_per_step(accept_rates)
     return values
-
-
-def chart_layout(
-    *, has_mtp: bool, has_experts: bool, aux_losses: bool, ep: int, fp8: bool, timelines: bool
-) -> dict[str, dict[str, list[object]]]:
-    """Layout of the Custom Scalars tab: category -> chart title -> ``["Multiline", tags]``.
-
-    A chart draws every tag that one of its ``tags`` matches as a regular expression, from the tag's start. TensorBoard adds
-    up the layouts of all runs it shows: a chart that two runs have in common must be equal in both, or it is there twice.
-    """
-
-    def multiline(*tags: str) -> list[object]:
-        return ["Multiline", list(tags)]
-
-    layout = {
-        "Loss": {
-            "main and MTP": multiline("loss/main", r"loss/mtp_\d+"),
-            "held out": multiline("eval/loss_main", r"eval/loss_mtp_\d+"),
-        }
-    }
-    if has_mtp:
-        layout["MTP"] = {
-            "agreement with the main head": multiline(r"mtp/accept_rate_\d+"),
-            "expected tokens per decoding step": multiline("mtp/expected_tokens_per_step"),
-        }
-    if has_experts:
-        layout["MoE"] = {
-            "largest load over the mean load, minus 1": multiline(
-                "moe/load_max_violation", r"moe/load_violation/layer_\d+"
-            ),
-            "router bias norm": multiline("moe/bias_norm"),
-            "dropped tokens, %": multiline("moe/dropped_pct"),
-        }
-        if aux_losses:
-            layout["MoE"]["auxiliary losses, unweighted"] = multiline("moe/loss_.*")
-        if ep > 1:
-            layout["MoE"]["all-to-all, MiB per step"] = multiline("moe/all_to_all_mib")
-            layout["MoE"]["wait for all-to-all, % of the step"] = multiline("moe/all_to_all_wait_pct")
-    if timelines:
-        layout["Pipeline"] = {
-            "bubble, measured and of the plan, %": multiline(
-                "pipeline/bubble_pct_measured", "pipeline/bubble_pct_theory"
-            ),
-            "time in which a stage is computed, %": multiline(r"pipeline/stage_\d+_busy_pct"),
-            "wait for messages, s": multiline("pipeline/p2p_wait_s"),
-        }
-    layout["Throughput"] = {
-        "tokens/s": multiline("perf/tokens_per_s"),
-        "share of time and of peak, %": multiline("perf/mfu_pct", "perf/data_wait_pct"),
-    }
-    layout["Memory"] = {"peak so far by pipeline rank, GiB": multiline(r"memory/rank_\d+_gib")}
-    if fp8:
-        layout["FP8"] = {
-            f"{title}, {of}": multiline(rf"{tag}/\w+_{role}")
-            for tag, title in (
-                ("fp8/underflow_pct", "values that become 0, %"),
-                ("fp8/error_pct", "relative error, %"),
-                ("fp8/saturation_pct", "values beyond the largest or not finite, %"),
-                ("fp8/scale_m(in|ax)", "least and largest scale"),
-            )
-            for role, of in (("input", "inputs"), ("weight", "weights"), ("grad", "gradients"))
-        }
-    return layout

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
-from dist_mtp.monitor.tags import LOAD_SHARE_TAG, chart_layout, scalars
+from dist_mtp.monitor.charts import chart_layout
+from dist_mtp.monitor.expert_loads import is_looked_at
+from dist_mtp.monitor.tags import LOAD_SHARE_TAG, scalars
 
 FLUSH_SECONDS = 10
 """TensorBoard's default of 120 s hides a short run until it is over."""
-HISTOGRAM_EVERY = 10
-"""Steps between histograms: one for each layer at each step would outweigh all else in the event file."""
 HISTOGRAM_BINS = 30
 """As many as TensorBoard shows. Its usual bins grow by 10 % each, too coarse for loads near the mean."""
 
@@ -81,21 +81,19 @@ class TensorBoard:
     def write(self, row: Mapping[str, float]) -> None:
         """Draw one step's metrics at ``row["step"]``."""
 
-        def add_scalars(writer: SummaryWriter) -> None:
-            for tag, value in scalars(row).items():
-                # The default (old) style: EventAccumulator.Scalars() cannot read new_style=True back.
-                writer.add_scalar(tag, value, int(row["step"]))
-
-        self._attempt(add_scalars)
+        # One event for all of them; with SummaryWriter.add_scalar each would be an event of its own, milliseconds together.
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(row).items()]
+        self._add_summary(Summary(value=values), int(row["step"]))
 
     def write_expert_loads(self, step: int, layers: Sequence[int], load_LE: Tensor) -> None:
-        """Draw each layer's spread of loads at step 1 and every :data:`HISTOGRAM_EVERY` steps; others copy nothing.
+        """Draw each layer's spread of loads, if the step :func:`~dist_mtp.monitor.expert_loads.is_looked_at`; others copy
+        nothing.
 
         Args:
             layers: indices of the MoE layers, [L].
             load_LE: tokens of each expert, [L, E], on any device.
         """
-        if self._writer is None or (step != 1 and step % HISTOGRAM_EVERY != 0):
+        if self._writer is None or not is_looked_at(step):
             return
         share_LE = (load_LE / load_LE.mean(dim=1, keepdim=True)).cpu()
 
@@ -112,18 +110,19 @@ class TensorBoard:
         except OSError as error:
             self._report(f"TensorBoard goes without the picture {png_path}: {error}")
             return
-        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-
-        def add_summary(writer: SummaryWriter) -> None:
-            file_writer: Any = writer.file_writer  # torch annotates it as None, which it is only after close()
-            file_writer.add_summary(summary, step)
-
-        self._attempt(add_summary)
+        self._add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def close(self) -> None:
         """Write what is pending; calls after the first do nothing."""
         self._attempt(lambda writer: writer.close())
         self._writer = None
+
+    def _add_summary(self, summary: Summary, step: int) -> None:
+        def add(writer: SummaryWriter) -> None:
+            file_writer: Any = writer.file_writer  # torch annotates it as None, which it is only after close()
+            file_writer.add_summary(summary, step)
+
+        self._attempt(add)
 
     def _attempt(self, write: Callable[[SummaryWriter], object]) -> None:
         if self._writer is None:

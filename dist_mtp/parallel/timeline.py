@@ -73,17 +73,20 @@ def gather_timeline(clock: Clock, plan: Plan, mesh: Mesh) -> MeasuredTimeline:
 def timeline_metrics(timeline: MeasuredTimeline, plan: Plan, mesh: Mesh) -> dict[str, float]:
     """Means over all data replicas. Collective.
 
-    ``bubble``, measured, and ``bubble_plan``, simulated; ``stage_K_busy_share`` of each virtual stage; ``p2p_wait_s``,
-    the mean over ranks, so that bubble * step time - ``p2p_wait_s`` is what the ranks lost otherwise.
+    ``bubble``, measured, and ``bubble_plan``, simulated; ``stage_K_busy_share`` of each virtual stage; ``pipeline_time``,
+    the seconds that the pipeline took of the step; ``p2p_wait_s``, the mean over ranks, so that bubble * pipeline_time -
+    p2p_wait_s is what a rank lost otherwise. The bubble takes waits for the all-to-all of ``parallel.ep`` > 1 for
+    computation, as they are inside of actions.
     """
     shares = timeline.stage_busy_shares(plan.num_stages)
     waited = sum(timeline.waited) / plan.pp
     # Every rank adds its replica's numbers, so each replica counts pp times.
-    sums = all_sum([timeline.bubble, waited, *shares], mesh.device)
-    bubble, waited, *shares = (total / mesh.world_size for total in sums)
+    sums = all_sum([timeline.bubble, timeline.step_time, waited, *shares], mesh.device)
+    bubble, pipeline_time, waited, *shares = (total / mesh.world_size for total in sums)
     return {
         "bubble": bubble,
         "bubble_plan": plan.timeline.bubble,
+        "pipeline_time": pipeline_time,
         "p2p_wait_s": waited,
         **{f"stage_{stage}_busy_share": share for stage, share in enumerate(shares)},
     }

@@ -7,6 +7,7 @@ A schedule is nothing but such a table. Functions build it (``schedules``), comp
 from __future__ import annotations
 
 import enum
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,21 @@ class Action:
         return f"{self.stage}{self.kind.value}{self.microbatch}"
 
     __repr__ = __str__
+
+    @staticmethod
+    def parse(text: str) -> Action:
+        """Inverse of ``str``.
+
+        >>> Action.parse("2I5")
+        2I5
+
+        Raises:
+            ValueError: ``text`` is no action.
+        """
+        found = re.fullmatch(r"(\d+)([A-Z_]+)(\d+)", text)
+        if found is None:
+            raise ValueError(f"{text!r} is no action such as '2I5'")
+        return Action(Kind(found[2]), int(found[1]), int(found[3]))
 
 
 Table = tuple[tuple[Action, ...], ...]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dist_mtp.pipeline.simulate import Event
-from dist_mtp.pipeline.table import Table
+from dist_mtp.pipeline.table import Action, Table
 
 FIRST_STEP = 5
-"""The first step that is measured: the ones before it compile, allocate and connect."""
+"""The first step of a process that is measured: the ones before it compile, allocate and connect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,11 @@ class MeasuredEvent(Event):
 
 @dataclass(frozen=True)
 class MeasuredTimeline:
-    """The pipeline's part of one step, on the ranks of one data replica."""
+    """The pipeline's part of one step, on the ranks of one data replica.
+
+    With ``parallel.ep`` > 1 an action's time includes its waits for the all-to-all, so they count as busy: the bubble is
+    smaller than the share of time in which nothing is computed.
+    """
 
     events: tuple[MeasuredEvent, ...]
     """Computation only; each rank's events in order."""
@@ -60,10 +64,49 @@ class MeasuredTimeline:
         ]
         return {"step_time": self.step_time, "bubble": self.bubble, "ranks": ranks}
 
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> MeasuredTimeline:
+        """Inverse of :meth:`to_json`.
 
-def is_measured(step: int, every: int) -> bool:
-    """Whether a step has a timeline under ``monitor.timeline_every``: the fifth and every ``every``-th one; 0: none."""
-    return every > 0 and (step == FIRST_STEP or step % every == 0)
+        Raises:
+            KeyError, TypeError, ValueError: not what it wrote.
+        """
+        ranks = content["ranks"]
+        return MeasuredTimeline(
+            events=tuple(
+                MeasuredEvent(line["rank"], Action.parse(name), start, end, waited)
+                for line in ranks
+                for name, waited, start, end in line["actions"]
+            ),
+            step_time=content["step_time"],
+            busy=tuple(line["busy"] for line in ranks),
+            waited=tuple(line["waited"] for line in ranks),
+        )
+
+
+def is_measured(step: int, every: int, *, start: int = 0, statistics_every: int = 0) -> bool:
+    """Whether a step has a timeline under ``monitor.timeline_every``; 0: none.
+
+    It is the process's :data:`FIRST_STEP`-th step and every ``every``-th one after it. A step that also computes FP8
+    statistics is no typical one: the measurement waits for the next. It is not the statistics that wait, as those must
+    stand at the same steps in a resumed run.
+
+    Args:
+        start: the step after which this process began.
+        statistics_every: ``precision.fp8_statistics_every``; 0: no statistics.
+
+    >>> [step for step in range(1, 31) if is_measured(step, 10, statistics_every=5)]
+    [6, 16, 26]
+    """
+
+    def is_due(step: int) -> bool:
+        since = step - start - FIRST_STEP
+        return since >= 0 and since % every == 0
+
+    def is_typical(step: int) -> bool:
+        return statistics_every <= 1 or step % statistics_every != 0
+
+    return every > 0 and is_typical(step) and (is_due(step) or (is_due(step - 1) and not is_typical(step - 1)))
 
 
 def from_marks(table: Table, marks: Sequence[Sequence[Sequence[float]]]) -> MeasuredTimeline:

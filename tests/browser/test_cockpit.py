@@ -24,7 +24,7 @@ RUN = (
     "mtp.depth=2",
     "train.steps=10",
     "precision=fp8",
-    "precision.fp8_statistics_every=5",
+    "precision.fp8_statistics_every=4",
     "eval.every=5",
     "monitor.timeline_every=5",
 )
@@ -38,19 +38,23 @@ COLUMNS = [
 FP8_KINDS = 5
 """Attention, dense feed-forward, shared and routed experts, and the projection of MTP modules."""
 LINES = {
-    ("Loss", "main and MTP"): 3,
-    ("Loss", "held out"): 3,
-    ("MTP", "agreement with the main head"): 2,
+    ("Loss", "training loss, nats/token"): 3,
+    ("Loss", "held-out loss, nats/token"): 3,
+    ("MTP", "agreement with main head, training"): 2,
+    ("MTP", "agreement with main head, held out"): 2,
     ("MTP", "expected tokens per decoding step"): 1,
-    ("MoE", "largest load over the mean load, minus 1"): 1 + 4,
-    ("MoE", "router bias norm"): 1,
+    ("MoE", "largest load / mean load - 1"): 1 + 4,
+    ("MoE", "router bias norm, all layers"): 1,
     ("MoE", "dropped tokens, %"): 1,
-    ("Pipeline", "bubble, measured and of the plan, %"): 2,
-    ("Pipeline", "time in which a stage is computed, %"): 4,
-    ("Pipeline", "wait for messages, s"): 1,
-    ("Throughput", "tokens/s"): 1,
-    ("Throughput", "share of time and of peak, %"): 2,
-    ("Memory", "peak so far by pipeline rank, GiB"): 2,
+    ("Pipeline", "bubble, measured and planned, %"): 2,
+    ("Pipeline", "time spent computing a stage, %"): 4,
+    ("Pipeline", "time and waits of the pipeline, s"): 2,
+    ("Throughput", "tokens/s, all ranks"): 1,
+    ("Throughput", "share of peak FLOP/s (MFU), %"): 1,
+    ("Throughput", "wait for data, % of the step"): 1,
+    ("Optimizer", "learning rate"): 1,
+    ("Optimizer", "gradient norm before clipping"): 1,
+    ("Memory", "peak memory so far, GiB"): 2,
 } | {
     ("FP8", f"{title}, {role}"): lines
     for title, lines in (

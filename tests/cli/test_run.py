@@ -160,13 +160,14 @@ class TestRunFolder:
             ".lock",
             "checkpoints",
             "config.yaml",
+            "expert_loads.jsonl",
             "logs",
             "metrics.jsonl",
             "plan.json",
             "plan.png",
             "result.json",
         ]
-        assert found == [*expected, "tensorboard"], f"found {found}"
+        assert found == [*expected, "tensorboard", "timeline.png", "timelines"], f"found {found}"
         assert checkpoints(folder) == [f"step_{step:08d}" for step in (4, 6, 8)], f"found {checkpoints(folder)}"
         logs = sorted(path.name for path in (folder / "logs").iterdir())
         assert logs == ["rank_0.log", "rank_1.log"], f"found {logs}"

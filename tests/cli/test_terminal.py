@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from support import launches
 
+from dist_mtp.errors import EXIT_DIVERGED
+
 COLUMNS = 120
 TIMEOUT_S = 120.0
 ERASE = "\r\x1b[2K"
@@ -67,7 +69,8 @@ def command(folder: Path, run: str, *more: str) -> list[str]:
 
 def test_bar_of_two_ranks(tmp_path: Path) -> None:
     """It shows every step, steps without a line too, never touches a line, and is gone in the end; each rank has its log."""
-    code, sent = in_terminal(command(tmp_path, "run"), tmp_path / "run")
+    # More microbatches than needed: steps that follow each other within a tenth of a second share a state of the bar.
+    code, sent = in_terminal(command(tmp_path, "run", "train.micro_batches=16"), tmp_path / "run")
     assert code == 0, sent
     bars = re.findall(r"step (\d)/6 .*?ETA +(\d+s)", re.sub(r"\x1b\[[\d;]*m", "", sent))
     assert {int(step) for step, _ in bars} == set(range(1, STEPS + 1)), bars
@@ -78,6 +81,25 @@ def test_bar_of_two_ranks(tmp_path: Path) -> None:
     assert [line.split()[1] for line in log if line.startswith("step ")] == ["3/6", "6/6"], log
     assert any(line.startswith("checkpoint ") for line in log), log
     assert (tmp_path / "run" / "logs" / "rank_1.log").exists(), "each rank has a log"
+
+
+@pytest.mark.parametrize("launcher", ["none", "local"])
+def test_bar_is_gone_when_a_run_fails(launcher: str, tmp_path: Path) -> None:
+    """The loss is not finite at the second step: what is said about it stands in lines of its own, and no bar is left."""
+    alone = (
+        f"launcher={launcher}",
+        f"parallel.pp={1 if launcher == 'none' else 2}",
+        "optim.lr=1e30",
+        "optim.warmup_steps=0",
+    )
+    code, sent = in_terminal(command(tmp_path, "run", *alone), tmp_path / "run")
+    assert code == EXIT_DIVERGED, sent
+    assert re.search(r"step \d/6 .*ETA", re.sub(r"\x1b\[[\d;]*m", "", sent)), f"there was no bar: {sent!r}"
+    shown = screen(sent)
+    assert not [line for line in shown if "ETA" in line or "\x1b" in line or "\r" in line], shown
+    errors = [line for line in shown if "the update was not applied" in line]
+    assert errors, shown
+    assert all(line.startswith(("error: step ", "step ", "rank ", "  ")) for line in errors), errors
 
 
 @pytest.mark.parametrize("where", ["terminal", "pipe"])

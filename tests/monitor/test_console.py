@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import logging
 import math
 import os
 import re
@@ -29,10 +30,21 @@ def metrics(step, loss=3.9412, num_depths=2, **others):
     return row | others
 
 
+class Clock:
+    """Shows the time that it is set to."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
 def step_lines(rows):
-    stream = io.StringIO()
-    console = Console(stream, log_file=None)
+    """Lines of steps that follow each other without a pause."""
+    stream, clock = io.StringIO(), Clock()
+    console = Console(stream, log_file=None, clock=clock)
     for row in rows:
+        clock.now += row["step_time"]
         console.step_line(row, TOTAL_STEPS)
     return stream.getvalue().splitlines()
 
@@ -55,13 +67,24 @@ def test_step_lines_are_aligned(num_depths):
 
 
 def test_step_line_shows_every_depth():
-    """The line holds each value with its unit, every MTP depth, and the time left by the median of recent steps."""
+    """The line holds each value with its unit, every MTP depth, and the time left at this pace."""
     (line,) = step_lines([metrics(12, accept_mtp_1=0.123, accept_mtp_2=0.045)])
     expected = (
         "step   12/300 | loss  3.9412 | main  3.9412 | mtp1  3.9412 | mtp2  3.9412 | agree  12.3%   4.5% | "
         "grad   3.94 | lr 2.2e-04 |   0.52 s |  3.9k tok/s | left  2m30s"
     )
     assert line == expected, f"\n{line}\n{expected}"
+
+
+def test_time_left_is_that_of_the_clock():
+    """Steps of 1 s with an evaluation of 8 s after every second one: 100 of them take 500 s and not 100 s."""
+    stream, clock = io.StringIO(), Clock()
+    console = Console(stream, log_file=None, clock=clock)
+    for step in range(1, 202):
+        clock.now += 1 if step % 2 else 9
+        console.step_line(metrics(step, step_time=1.0), 301)
+    last = stream.getvalue().splitlines()[-1]
+    assert last.endswith("left  8m20s"), last
 
 
 def test_absent_metrics_keep_the_columns():
@@ -187,10 +210,13 @@ class TestProgressBar:
 
     def test_stays_below_the_lines(self, terminal, tmp_path):
         """Whatever is written goes above; log file and screen end up with the same lines."""
-        console = Console(terminal.stream, log_file=tmp_path / "log")
+        clock = Clock()
+        console = Console(terminal.stream, log_file=tmp_path / "log", clock=clock)
         console.header(["settings"])
         for step in (1, 2):
+            clock.now += 0.52
             console.step_line(metrics(step), TOTAL_STEPS)
+        clock.now += 0.52
         console.progress(metrics(150), TOTAL_STEPS)
         console.warn("slow disk")
         *lines, bar = terminal.screen()
@@ -225,6 +251,51 @@ class TestProgressBar:
         assert ("ETA" in text) == expected, repr(text)
         assert expected or text.splitlines() == step_lines([metrics(1)]), repr(text)
 
+    def test_moves_ten_times_a_second(self, monkeypatch):
+        """Steps of 10 ms do not draw it a hundred times; lines are all there, and the last step is shown in any case."""
+        monkeypatch.setenv("TERM", "xterm")
+        stream, clock = io.StringIO(), Clock()
+        console = Console(stream, log_file=None, progress="bar", clock=clock)
+        for step in range(1, 96):
+            clock.now = step / 100
+            show = console.step_line if step % 50 == 0 else console.progress
+            show(metrics(step), 95)
+        text = stream.getvalue()
+        drawn = [int(step) for step in re.findall(r"step +(\d+)/95 (?!\|)", re.sub(r"\x1b\[[\d;]*m", "", text))]
+        assert len(drawn) <= 10 + 2, f"{len(drawn)} in 0.95 s: {drawn}"
+        assert drawn[-1] == 95, drawn
+        assert re.findall(r"step +(\d+)/95 +\|", text) == ["50"], text
+
+    def test_other_lines_stand_above(self, terminal, monkeypatch):
+        """What Python code writes to the terminal, in pieces or by a log handler made at import, is never beside the bar."""
+        stderr = os.fdopen(os.dup(terminal.stream.fileno()), "w", encoding="utf-8")
+        monkeypatch.setattr(sys, "stderr", stderr)
+        handler = logging.StreamHandler(terminal.stream)
+        console = Console(terminal.stream, log_file=None)
+        for stream in (terminal.stream, sys.stderr):
+            console.put_above_bar(stream)
+        console.step_line(metrics(1), TOTAL_STEPS)
+        print("a long warning", 1, file=sys.stderr)
+        handler.emit(logging.makeLogRecord({"msg": "logged"}))
+        sys.stderr.write("begun")
+        *lines, bar = terminal.screen()
+        assert lines == [*step_lines([metrics(1)]), "a long warning 1", "logged"], lines
+        assert "ETA" in bar, bar
+        console.close()
+        print(" and ended", file=sys.stderr)
+        stderr.flush()
+        assert terminal.screen() == [*lines, "begun and ended", ""], terminal.screen()
+        stderr.close()
+
+    def test_leaves_a_redirected_stderr_alone(self, terminal, tmp_path):
+        with open(tmp_path / "errors", "w") as errors:
+            console = Console(terminal.stream, log_file=None)
+            console.put_above_bar(errors)
+            console.step_line(metrics(1), TOTAL_STEPS)
+            print("warning", file=errors)
+            console.close()
+        assert (tmp_path / "errors").read_text() == "warning\n"
+
     def test_has_no_colours_when_asked(self, terminal, monkeypatch):
         monkeypatch.setenv("NO_COLOR", "1")
         Console(terminal.stream, log_file=None).step_line(metrics(1), TOTAL_STEPS)
@@ -235,8 +306,10 @@ class TestProgressBar:
     def test_fits_a_narrow_terminal(self, terminal):
         """One line, cut at the edge; a second one could not be erased."""
         fcntl.ioctl(terminal.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
-        console = Console(terminal.stream, log_file=None)
+        clock = Clock()
+        console = Console(terminal.stream, log_file=None, clock=clock)
         for step in (1, 2):
+            clock.now += 0.52
             console.step_line(metrics(step), TOTAL_STEPS)
         *lines, bar = terminal.screen()
         assert lines == step_lines([metrics(1), metrics(2)]), lines

@@ -7,6 +7,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_mtp.config import from_mapping, resolve
+from dist_mtp.monitor.expert_loads import Spread, read_spreads
+from dist_mtp.monitor.metrics import MetricsFile
 from dist_mtp.monitor.monitor import RunMonitor
 from dist_mtp.monitor.throughput import Throughput
 from dist_mtp.pipeline.plan import make_plan
@@ -20,16 +22,14 @@ LAYERS = (1, 4)
 STEPS = 2
 
 
-def start(folder, ep=1):
+def start(folder, ep=1, resume_step=0, **groups):
     """Monitor of a run that begins, and its plan."""
-    config = resolve(
-        from_mapping({"run": {"dir": str(folder)}, "parallel": {"dp": 4, "ep": ep}, "train": {"steps": STEPS}}),
-        vocab_size=257,
-    )
+    settings = {"run": {"dir": str(folder)}, "parallel": {"dp": 4, "ep": ep}, "train": {"steps": STEPS}} | groups
+    config = resolve(from_mapping(settings), vocab_size=257)
     throughput = Throughput(flops_per_token=1e6, tokens_per_step=8, peak_flops_per_s=None, num_devices=8)
     plan = make_plan(config)
     monitor = RunMonitor(config, plan, CORPUS, throughput)
-    monitor.start(resume_step=0)
+    monitor.start(resume_step)
     return monitor, plan
 
 
@@ -117,3 +117,45 @@ def test_timeline_that_cannot_be_written_costs_nothing_else(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "warning: no timeline of step 1: " in output, output
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_quartiles_of_loads_need_no_tensorboard(tmp_path):
+    """Eight experts in two clusters: the picture's numbers are the experts' own, at steps 1 and 10."""
+    monitor, _ = start(tmp_path, monitor={"tensorboard": False})
+    for step in range(1, 12):
+        monitor.expert_loads(step, LAYERS, torch.tensor([[2, 6, 2, 6, 6, 2, 6, 2], [4] * 8], dtype=torch.float64))
+        log(monitor, step)
+    monitor.close()
+    assert not (tmp_path / "tensorboard").exists()
+    clusters, even = (0.5, 0.5, 1.0, 1.5, 1.5), (1.0,) * 5
+    expected = {1: Spread((1, 10), (clusters,) * 2), 4: Spread((1, 10), (even,) * 2)}
+    assert read_spreads(tmp_path / "expert_loads.jsonl") == expected
+
+
+def test_resume_forgets_what_is_trained_again(tmp_path):
+    """Loads and measured steps after the checkpoint are gone, as rows of metrics are."""
+    monitor, plan = start(tmp_path)
+    for step in (1, 10, 20):
+        monitor.expert_loads(step, LAYERS, torch.ones(2, 8))
+        monitor.timeline(step, measured(plan))
+        log(monitor, step)
+    monitor.close()
+    start(tmp_path, resume_step=12)[0].close()
+    assert [path.name for path in sorted((tmp_path / "timelines").iterdir())] == [
+        "step_00000001.json",
+        "step_00000010.json",
+    ]
+    assert read_spreads(tmp_path / "expert_loads.jsonl")[1].steps == (1, 10)
+
+
+def test_failing_close_leaves_no_bar(tmp_path, monkeypatch):
+    """A full disk when files are closed: the console is closed all the same, so that the error has a clean line."""
+    monitor, _ = start(tmp_path)
+    closed = []
+    monkeypatch.setattr(
+        MetricsFile, "close", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    monkeypatch.setattr(monitor.console, "close", lambda: closed.append(True))
+    with pytest.raises(OSError, match="No space left"):
+        monitor.close()
+    assert closed == [True]

@@ -13,9 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from tensorboard.summary.writer import event_file_writer
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 
-from dist_mtp.monitor.tags import SCALED_TAGS, STEP_SHARE_TAGS, TAGS, chart_layout, scalars
+from dist_mtp.monitor.charts import CATEGORIES, chart_layout
+from dist_mtp.monitor.run_charts import Run, lines, points_of
+from dist_mtp.monitor.tags import SCALED_TAGS, STEP_SHARE_TAGS, TAGS, scalars
 from dist_mtp.monitor.tensorboard import TensorBoard
 
 ROW = {
@@ -26,7 +29,7 @@ ROW = {
     "eval_loss_mtp_2": 4.875, "eval_accept_mtp_1": 0.625, "eval_accept_mtp_2": 0.3125, "eval_bits_per_byte": 2.25,
     "load_violation_layer_1": 1.5, "load_violation_layer_10": 2.5, "loss_seq_aux": 1.125, "loss_global_aux": 1.0625,
     "loss_z": 7.5, "all_to_all_bytes": 1.5 * 2**20, "all_to_all_wait_s": 0.125, "dropped_share": 0.0078125,
-    "bubble": 0.25, "bubble_plan": 0.125, "p2p_wait_s": 0.375, "stage_0_busy_share": 0.5, "stage_13_busy_share": 0.75,
+    "bubble": 0.25, "bubble_plan": 0.125, "p2p_wait_s": 0.375, "pipeline_time": 0.4375, "stage_0_busy_share": 0.5, "stage_13_busy_share": 0.75,
     "memory_rank_0_gib": 1.25, "memory_rank_11_gib": 0.75,
     "fp8_underflow_experts_input": 0.03125, "fp8_underflow_mtp_projection_weight": 0.0625, "fp8_saturation_experts_grad": 0.5,
     "fp8_error_attention_grad": 0.25, "fp8_error_attention_input": 0.5, "fp8_error_attention_weight": 0.75,
@@ -45,7 +48,7 @@ EXPECTED = {
     "moe/loss_seq_aux": 1.125, "moe/loss_global_aux": 1.0625, "moe/loss_z": 7.5, "moe/all_to_all_mib": 1.5,
     "moe/all_to_all_wait_pct": 25.0, "moe/dropped_pct": 0.78125,
     "pipeline/bubble_pct_measured": 25.0, "pipeline/bubble_pct_theory": 12.5, "pipeline/p2p_wait_s": 0.375,
-    "pipeline/stage_0_busy_pct": 50.0, "pipeline/stage_13_busy_pct": 75.0,
+    "pipeline/time_s": 0.4375, "pipeline/stage_0_busy_pct": 50.0, "pipeline/stage_13_busy_pct": 75.0,
     "memory/rank_0_gib": 1.25, "memory/rank_11_gib": 0.75,
     "fp8/underflow_pct/experts_input": 3.125, "fp8/underflow_pct/mtp_projection_weight": 6.25,
     "fp8/underflow_pct/experts_grad": 12.5, "fp8/saturation_pct/experts_grad": 50.0,
@@ -104,6 +107,19 @@ def test_every_metric_is_a_scalar_under_its_tag(events):
     assert read == EXPECTED, f"differs in {dict(read.items() ^ EXPECTED.items())}"
 
 
+def test_step_is_one_event(tmp_path, monkeypatch):
+    """An event for each scalar would take milliseconds of every step."""
+    board, events = start(tmp_path), []
+    add_event = EventFileWriter.add_event
+    monkeypatch.setattr(
+        EventFileWriter, "add_event", lambda self, event: (events.append(event), add_event(self, event))
+    )
+    board.write(ROW)
+    board.close()
+    assert len(events) == 1, f"{len(events)} events"
+    assert len(events[0].summary.value) == len(EXPECTED), events[0]
+
+
 def test_no_tag_is_shared():
     """Two metrics under one tag would overwrite each other; units in a name make that easy to miss."""
     tags = [*TAGS.values(), *(tag for tag, _ in SCALED_TAGS.values()), *STEP_SHARE_TAGS.values()]
@@ -121,7 +137,7 @@ def test_all_depths_share_one_chart(events):
     config = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     layout = layout_pb2.Layout.FromString(config)
     titles = {category.title for category in layout.category}
-    assert titles == {"Loss", "MTP", "MoE", "Pipeline", "Throughput", "Memory", "FP8"}, titles
+    assert titles == {"Loss", "MTP", "MoE", "Pipeline", "Throughput", "Optimizer", "Memory", "FP8"}, titles
     charts = [chart for category in layout.category for chart in category.chart]
     written = events.Tags()["scalars"]
     (loss_chart,) = [chart for chart in charts if "loss/main" in chart.multiline.tag]
@@ -141,7 +157,7 @@ def test_layers_share_one_chart_and_so_do_auxiliary_losses():
     """A model with 58 MoE layers must not need 58 charts, and the balance of no layer may be missing from the one."""
     charts = layout(aux_losses=True)["MoE"]
     layers = {f"moe/load_violation/layer_{layer:02d}" for layer in range(3, 62)}
-    drawn = charted(layers | EXPECTED.keys(), charts["largest load over the mean load, minus 1"])
+    drawn = charted(layers | EXPECTED.keys(), charts["largest load / mean load - 1"])
     expected = {"moe/load_max_violation", "moe/load_violation/layer_01"} | layers
     assert drawn == expected, f"differs in {drawn ^ expected}"
     drawn = charted(EXPECTED, charts["auxiliary losses, unweighted"])
@@ -156,14 +172,14 @@ def layout(**settings):
 
 def test_charts_are_those_the_run_fills():
     """Empty charts: none of experts for a dense model, none of the all-to-all where no rank shares its experts."""
-    assert layout(has_experts=False).keys() == {"Loss", "MTP", "Throughput", "Memory"}
-    assert layout(has_mtp=False).keys() == {"Loss", "MoE", "Throughput", "Memory"}
+    assert layout(has_experts=False).keys() == {"Loss", "MTP", "Throughput", "Optimizer", "Memory"}
+    assert layout(has_mtp=False).keys() == {"Loss", "MoE", "Throughput", "Optimizer", "Memory"}
     added = layout(fp8=True, timelines=True).keys() - layout().keys()
     assert added == {"FP8", "Pipeline"}, added
     usual = layout()["MoE"]
     for setting, expected in (
         ({"ep": 2}, ["moe/all_to_all_mib", "moe/all_to_all_wait_pct"]),
-        ({"aux_losses": True}, ["moe/loss_.*"]),
+        ({"aux_losses": True}, [r"moe/loss_(\w+)"]),
     ):
         charts = layout(**setting)["MoE"]
         tags = [tag for title in charts.keys() - usual.keys() for tag in charts[title][1]]
@@ -182,7 +198,7 @@ def test_runs_share_their_charts():
 def test_stages_share_one_chart_and_so_do_ranks():
     """Every stage and every pipeline rank has a line, and the peak over all ranks is not drawn as one more rank."""
     charts = layout(timelines=True)
-    drawn = charted(EXPECTED, charts["Pipeline"]["time in which a stage is computed, %"])
+    drawn = charted(EXPECTED, charts["Pipeline"]["time spent computing a stage, %"])
     assert drawn == {"pipeline/stage_0_busy_pct", "pipeline/stage_13_busy_pct"}, drawn
     (chart,) = charts["Memory"].values()
     drawn = charted(EXPECTED, chart)
@@ -273,7 +289,7 @@ def test_resume_hides_the_steps_that_are_trained_again(tmp_path, monkeypatch):
     assert points == [(1, 1.0), (2, 2.0), (3, 30.0)], points
 
 
-@pytest.mark.parametrize("fails", ["add_scalar", "close"])
+@pytest.mark.parametrize("fails", [(FileWriter, "add_summary"), (SummaryWriter, "close")])
 def test_failing_write_is_reported_once(tmp_path, monkeypatch, fails):
     """A full disk ends TensorBoard, never training, and is said once, not at every step."""
     reports = []
@@ -282,7 +298,7 @@ def test_failing_write_is_reported_once(tmp_path, monkeypatch, fails):
     def disk_full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(SummaryWriter, fails, disk_full)
+    monkeypatch.setattr(*fails, disk_full)
     for step in (1, 2, 3):
         board.write(ROW | {"step": step})
     board.close()
@@ -336,3 +352,22 @@ def test_every_metric_is_explained():
     for key, tag in drawn.items():
         for name in (key.format(k="K"), re.sub(r"\{k.*?\}", "KK" if "layer" in tag else "K", tag)):
             assert f"`{name}`" in page, f"{name} of {key} is not in docs/monitoring.md"
+
+
+@pytest.mark.parametrize(
+    "chart", [chart for category in CATEGORIES for chart in category.charts], ids=lambda c: c.title
+)
+def test_charts_are_the_table(chart):
+    """Custom Scalars and pictures of ``dist-mtp plot`` draw the same lines, in the same unit: those of its tags."""
+    drawn = {tag: value for tag, value in EXPECTED.items() if any(re.match(line, tag) for line in chart.lines)}
+    found = lines(chart, points_of(Run([ROW])))
+    assert sorted(value for line in found for value in line.values) == sorted(drawn.values()), chart.title
+    assert ("%" in chart.title) == any("_pct" in tag for tag in drawn), f"{chart.title}: {sorted(drawn)}"
+
+
+def test_charts_have_every_tag():
+    """But those that are derived from, or add up, others that are drawn."""
+    patterns = [line for category in CATEGORIES for chart in category.charts for line in chart.lines]
+    left_out = {tag for tag in EXPECTED if not any(re.fullmatch(line, tag) for line in patterns)}
+    expected = {"loss/total", "loss/mtp_weight", "eval/bits_per_byte", "progress/tokens", "memory/peak_gib"}
+    assert left_out == expected | {"perf/step_time_s", "perf/tflops_per_device"}, left_out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from support.parity import STEPS, Variant, make_config, write_corpus
 from support.ranks import run_ranks
 from support.timeline_world import LATE_S, LAYOUT, SLOW_S, memory_gib, world_of_4
 
+import dist_mtp.trainer
+from dist_mtp.config import from_mapping
 from dist_mtp.monitor.metrics import comparable
 from dist_mtp.parallel.timeline import Clock
 from dist_mtp.pipeline.plan import make_plan
+from dist_mtp.trainer import Trainer
 
 RANKS = range(LAYOUT.pp * LAYOUT.dp)
 
@@ -39,7 +43,8 @@ class TestMeasuredSteps:
     def test_measuring_changes_no_number(self, folder: Path, rank: int) -> None:
         plain, measured = (read(folder, name, rank)["rows"] for name in ("plain", "measured"))
         assert [comparable(row) for row in measured] == [comparable(row) for row in plain]
-        measured_keys = {"bubble", "bubble_plan", "p2p_wait_s", *(f"stage_{stage}_busy_share" for stage in range(4))}
+        measured_keys = {"bubble", "bubble_plan", "pipeline_time", "p2p_wait_s"}
+        measured_keys |= {f"stage_{stage}_busy_share" for stage in range(4)}
         for row, other in zip(measured, plain, strict=True):
             assert row.keys() - other.keys() == measured_keys, row.keys() ^ other.keys()
 
@@ -67,6 +72,8 @@ class TestMeasuredSteps:
         assert row["bubble"] == pytest.approx((slow["bubble"] + other["bubble"]) / 2, rel=1e-12), row
         waits = [line["waited"] for timeline in (slow, other) for line in timeline["ranks"]]
         assert row["p2p_wait_s"] == pytest.approx(sum(waits) / len(waits), rel=1e-12), row
+        times = [timeline["step_time"] for timeline in (slow, other)]
+        assert row["pipeline_time"] == pytest.approx(sum(times) / 2, rel=1e-12), f"{row}, not the mean of {times}"
         busy = sum(row[f"stage_{stage}_busy_share"] for stage in range(4))
         assert row["bubble"] == pytest.approx(1 - busy / LAYOUT.pp, rel=1e-9), row
 
@@ -95,6 +102,31 @@ class TestMeasuredSteps:
                 "memory_gib": memory_gib(3),
             }
             assert memory == expected, f"rank {rank}: {memory}"
+
+
+@pytest.mark.parametrize(
+    ("fp8", "start", "expected"), [(False, 13, [18, 28, 38]), (False, 10, [15, 25, 35]), (True, 10, [16, 26, 36])]
+)
+def test_trainer_measures_from_its_start(
+    monkeypatch: pytest.MonkeyPatch, fp8: bool, start: int, expected: list[int]
+) -> None:
+    """A process that resumed after ``start``; in FP8 the steps 15, 25 and 35 have statistics, so the next are measured."""
+
+    def start_clock(device: torch.device) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(dist_mtp.trainer, "Clock", start_clock)
+    trainer = Trainer.__new__(Trainer)
+    trainer.config = from_mapping({"precision": {"fp8_statistics_every": 5}, "monitor": {"timeline_every": 10}})
+    trainer.fp8 = MagicMock() if fp8 else None
+    trainer.runtime, trainer.mesh, trainer.beat, trainer.start = MagicMock(), MagicMock(), MagicMock(), start
+    measured = []
+    for trainer.step in range(start + 1, 40):
+        try:
+            trainer._run_pipeline([])
+        except InterruptedError:
+            measured.append(trainer.step)
+    assert measured == expected, measured
 
 
 def test_device_clock_reads_events(monkeypatch: pytest.MonkeyPatch) -> None:

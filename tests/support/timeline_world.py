@@ -13,7 +13,7 @@ from support.parity import STEPS, Layout, Variant, make_config, make_trainer
 
 from dist_mtp import step_stats
 from dist_mtp.monitor.monitor import Monitor
-from dist_mtp.pipeline.timeline import MeasuredTimeline
+from dist_mtp.pipeline.timeline import FIRST_STEP, MeasuredTimeline
 
 LAYOUT = Layout("v", "zbv", 2, 2)
 SLOW_S, LATE_S = 1.0, 4.0
@@ -49,6 +49,7 @@ def _train(folder: Path, name: str, *, every: int, steps: int) -> None:
         dataclasses.replace(config, monitor=dataclasses.replace(config.monitor, timeline_every=every))
     )
     trainer.monitor = Listener()
+    trainer.start = -FIRST_STEP  # so that the very first step may be measured
     if name == "slow" and (trainer.mesh.pp_rank, trainer.mesh.dp_rank) == (1, 0):
         _slow_down(trainer)
     rows = []
