@@ -18,6 +18,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ from dist_mtp.parallel.environment import prepare_environment
 from dist_mtp.run_folder import read_config
 from dist_mtp.signals import end_with_parent
 
+LEAVE_S = 1.0
+"""What a hung rank gets to take its progress bar from the terminal."""
 SIGNAL_PATIENCE_S = 5.0
 """Repeated signals within this time are one stop: Slurm, for example, signals all ranks and also their launcher, which
 passes it on."""
@@ -181,7 +184,10 @@ def _train(config: Config, device: Any, corpus: Any, log: TextIO) -> int:
     monitor = Monitor()
 
     def end_process(code: int) -> None:
-        monitor.leave_terminal()
+        # The process must end also if the terminal takes nothing more.
+        tidy = threading.Thread(target=monitor.leave_terminal, daemon=True)
+        tidy.start()
+        tidy.join(LEAVE_S)
         os._exit(code)
 
     watchdog = Watchdog(config.train.hang_timeout_s, log, exit_process=end_process)

@@ -26,9 +26,8 @@ from dist_mtp.doctor.hosts import OWN_FINDINGS, host_findings
 from dist_mtp.doctor.meeting import way_findings
 from dist_mtp.doctor.software import software_findings
 from dist_mtp.errors import EXIT_CONFIG, EXIT_DONE, ConfigError
-from dist_mtp.launch.agent import is_this_machine
 from dist_mtp.launch.cluster import Cluster, plan_cluster
-from dist_mtp.launch.hosts import named_nodes
+from dist_mtp.launch.hosts import is_this_machine, named_nodes
 from dist_mtp.launch.remote import ssh_command
 from dist_mtp.launcher_checks import parse_endpoint
 from dist_mtp.pipeline.costs import num_parameters

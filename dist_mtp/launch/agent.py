@@ -68,6 +68,8 @@ class Node:
     """Secret of this launch, when one launcher has started all nodes."""
     quiet: bool = False
     """Leave it to the first node to say how the run ended."""
+    is_led: bool = False
+    """The launcher that has started this one speaks to it through standard input."""
 
 
 class _Stopped(BaseException):
@@ -84,16 +86,19 @@ def run_node(node: Node) -> int:
     Raises:
         DistMtpError: the nodes did not come together, or the first one could not prepare the run.
     """
-    # Seconds of work that would hold up this node's beats later.
-    import torch.distributed.launcher.api  # noqa: F401
-
+    roll_call = membership = None
     with handled(_raise_stopped):
-        roll_call = _open_roll_call(node)
-        # The ranks meet where the launchers did: that node is the first, whoever announces itself before. Its own name may
-        # not be known to itself yet.
-        wanted_rank, host = (node.node_rank, node.endpoint[0]) if roll_call is None else (0, "127.0.0.1")
-        membership = Membership((host, node.endpoint[1]), node_timeout_s=node.config.launcher.node_timeout_s)
         try:
+            if node.is_led:
+                threading.Thread(target=_follow_launcher, name="lifeline", daemon=True).start()
+            # Seconds of work that would hold up this node's beats later.
+            import torch.distributed.launcher.api  # noqa: F401
+
+            roll_call = _open_roll_call(node)
+            # The ranks meet where the launchers did: that node is the first, whoever announces itself before. Its own name
+            # may not be known to itself yet.
+            wanted_rank, host = (node.node_rank, node.endpoint[0]) if roll_call is None else (0, "127.0.0.1")
+            membership = Membership((host, node.endpoint[1]), node_timeout_s=node.config.launcher.node_timeout_s)
             membership.join(_announcement(node, wanted_rank), node.config.launcher.join_timeout_s)
             if roll_call is not None:
                 _start_all(node, roll_call)
@@ -104,8 +109,11 @@ def run_node(node: Node) -> int:
             assignment = membership.wait_for_start()
         except _Stopped as stopped:
             end = stopped_before_training(128 + stopped.number)
-            membership.leave(end.code, end.message)
+            if membership is not None:
+                membership.leave(end.code, end.message)
             _leave(membership, roll_call, "the first node was stopped by a signal", end.code)
+            if not node.quiet:
+                print(end.message, file=sys.stderr)
             return end.code
         except BaseException as error:
             _leave(
@@ -115,7 +123,7 @@ def run_node(node: Node) -> int:
                 getattr(error, "exit_code", EXIT_RANK_FAILURE),
             )
             raise
-        if node.quiet:
+        if node.is_led:
             print(BEGAN, file=sys.stderr, flush=True)
         try:
             outcome = _run(node, membership, assignment)
@@ -136,13 +144,14 @@ def run_node(node: Node) -> int:
     return final.code
 
 
-def _leave(membership: Membership, roll_call: RollCall | None, reason: str, code: int) -> None:
+def _leave(membership: Membership | None, roll_call: RollCall | None, reason: str, code: int) -> None:
     """Before ranks were started; the first node takes the others along."""
     if roll_call is not None:
         roll_call.refuse(reason, code)
         time.sleep(0.2)  # let the refusals leave
         roll_call.close()
-    membership.close()
+    if membership is not None:
+        membership.close()
 
 
 def _tell(node: Node, membership: Membership, final: Outcome) -> None:
@@ -254,6 +263,8 @@ def _said_elsewhere(outcome: Outcome) -> str:
 
 
 def _raise_stopped(number: int, frame: object) -> NoReturn:
+    for other in (signal.SIGTERM, signal.SIGINT):  # a second one must not interrupt what the first one began
+        signal.signal(other, signal.SIG_IGN)
     raise _Stopped(number)
 
 
@@ -275,7 +286,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.stdin:
             first = json.loads(sys.stdin.readline())
             token, config = first["token"], from_mapping(first["config"])
-            threading.Thread(target=_follow_launcher, name="lifeline", daemon=True).start()
         else:
             config = read_config(given.config, given.config_hash)
         node = Node(
@@ -287,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             corpus=given.corpus,
             token=token,
             quiet=given.quiet,
+            is_led=given.stdin,
         )
         return run_node(node)
     except DistMtpError as error:

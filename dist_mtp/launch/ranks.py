@@ -75,6 +75,8 @@ def run_ranks(config: Config, arguments: Sequence[str], place: Place) -> Outcome
         return explain_failure(config, error.failures)
     except SignalException as stopped:
         return explain_stop(config, signal.Signals(stopped.sigval), trained=training_began(config) != before)
+    finally:
+        _kill_left()
     return Outcome(EXIT_DONE, "")
 
 
@@ -85,6 +87,14 @@ def kill_ranks() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.send_signal(signal.SIGUSR1)
     time.sleep(DUMP_S if ranks else 0)
+    for rank in _ranks():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
+
+
+def _kill_left() -> None:
+    """A signal that comes while torch's ``PContext.start`` is at work leaves it without a word of the ranks that it has
+    started already (torch 2.13, ``elastic/multiprocessing/api.py``). They are too young to have anything to save."""
     for rank in _ranks():
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.kill()

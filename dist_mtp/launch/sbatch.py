@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_mtp.errors import ConfigError
 from dist_mtp.signals import handled
 
-_POLL_S = 0.2
+_POLL_S, _STOP_S = 0.2, 1.0
+_NUMBERED = re.compile(r"[0-9_]+\.[0-9]+")
+"""A step that ``srun`` has started; the job's own script is ``JOB.batch``."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,11 @@ def run_job(script: Path) -> EndedJob:
         process = _start(["--wait"], script)
         job = _number(process, script)
         print(f"queued as job {job}; waiting for its end", flush=True)
-        passed_on = 0
+        told: set[str] = set()
         while process.poll() is None:
-            if len(received) > passed_on:
-                passed_on = len(received)
-                _stop(job)
-            time.sleep(_POLL_S)
+            if received:
+                told |= _stop(job, told)
+            time.sleep(_STOP_S if received else _POLL_S)
         process.communicate()
     return EndedJob(job, process.returncode, signal.Signals(received[0]) if received else None)
 
@@ -87,7 +89,25 @@ def _number(process: subprocess.Popen[str], script: Path) -> str:
     return number
 
 
-def _stop(job: str) -> None:
-    """Nothing is lost of what has not begun; to the tasks of a running job goes what ends it with a checkpoint."""
-    for option in ("--state=PENDING", "--signal=TERM"):
-        subprocess.run(["scancel", option, job], stdin=subprocess.DEVNULL, capture_output=True)
+def _stop(job: str, told: Collection[str]) -> set[str]:
+    """Nothing is lost of what has not begun; to what runs goes the signal that ends it with a checkpoint.
+
+    Between the queue and its ``srun`` a job has no step that could be signalled, so this is repeated until the job has ended;
+    ranks would take a second signal for impatience, so no step gets two.
+
+    Args:
+        told: steps that have got it.
+
+    Returns:
+        Those that got it now.
+    """
+    _ask("scancel", "--state=PENDING", job)
+    steps = _ask("squeue", "--noheader", "--steps", "--format=%i", f"--jobs={job}").split()
+    new = {step for step in steps if _NUMBERED.fullmatch(step)} - set(told)
+    for step in sorted(new):
+        _ask("scancel", "--signal=TERM", step)
+    return new
+
+
+def _ask(*command: str) -> str:
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout

@@ -17,7 +17,7 @@ import yaml
 from dist_mtp.config import Config, config_hash, to_dict
 from dist_mtp.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_RANK_FAILURE, ConfigError
 from dist_mtp.launch.command import agent_command, shown
-from dist_mtp.launch.outcome import STOPPED
+from dist_mtp.launch.outcome import STOPPED, explain_stop, training_began
 from dist_mtp.launch.sbatch import EndedJob, queue_job, run_job
 from dist_mtp.monitor.atomic import replace_text
 from dist_mtp.monitor.result import read_result
@@ -133,8 +133,10 @@ def submit(config: Config, corpus: Path, *, min_nodes: int | None = None) -> int
     _write_submitted(config)
     replace_text(script, job_script(config, corpus, min_nodes=min_nodes))
     if config.launcher.slurm.wait:
+        before = training_began(config)
         job = run_job(script)
-        return _code(config, job, folder / "logs" / f"slurm-{job.number}.out")
+        output = folder / "logs" / f"slurm-{job.number}.out"
+        return _code(config, job, job.code, output, trained=training_began(config) != before)
     number = queue_job(script)
     print(f"queued as job {number}; output: {folder / 'logs' / f'slurm-{number}.out'}; stop with: scancel {number}")
     return EXIT_DONE
@@ -166,9 +168,12 @@ def submit_array(configs: Sequence[Config], corpora: Sequence[Path], folder: Pat
     replace_text(folder / POINTS, "".join(f"{line}\n" for line in lines))
     replace_text(folder / ARRAY, array_script(first, len(configs), folder))
     if first.launcher.slurm.wait:
+        before = [training_began(config) for config in configs]
         job = run_job(folder / ARRAY)
-        outputs = [folder / "launch" / f"slurm-{job.number}_{task}.out" for task in range(len(configs))]
-        codes = [_code(config, job, output) for config, output in zip(configs, outputs, strict=True)]
+        codes = []
+        for task, config in enumerate(configs):
+            output = folder / "launch" / f"slurm-{job.number}_{task}.out"
+            codes.append(_code(config, job, None, output, trained=training_began(config) != before[task]))
         return next((code for code in codes if code), EXIT_DONE)
     number = queue_job(folder / ARRAY)
     print(f"queued {len(configs)} points as array {number}; output: {folder / 'launch'}; stop with: scancel {number}")
@@ -181,20 +186,23 @@ def _write_submitted(config: Config) -> Path:
     return file
 
 
-def _code(config: Config, job: EndedJob, output: Path) -> int:
-    """Exit code of a run whose job has ended: its own, if it came to train."""
+def _code(config: Config, job: EndedJob, code: int | None, output: Path, *, trained: bool) -> int:
+    """Exit code of a run whose job has ended: its own, if it left a result.
+
+    Args:
+        code: of its script; None if it is one of several.
+        trained: its ranks had begun to train.
+    """
     result = read_result(config.run_dir)
     if result is not None:
         return int(result["exit_code"])
     if job.stopped_by is not None:
-        print(f"job {job.number} was stopped before training began: there was nothing to save", file=sys.stderr)
-        return 128 + job.stopped_by
-    print(
-        f"error: job {job.number} ended with exit code {job.code} and without a result of {config.run_dir}: see {output}",
-        file=sys.stderr,
-    )
-    said = (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, *STOPPED)
-    return job.code if job.code in said else EXIT_RANK_FAILURE
+        outcome = explain_stop(config, job.stopped_by, trained=trained)
+        print(f"job {job.number}: {outcome.message}", file=sys.stderr)
+        return outcome.code
+    ended = "ended" if code is None else f"ended with exit code {code}"
+    print(f"error: job {job.number} {ended} without a result of {config.run_dir}: see {output}", file=sys.stderr)
+    return code if code in (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, *STOPPED) else EXIT_RANK_FAILURE
 
 
 def _options(config: Config, min_nodes: int | None) -> dict[str, str | int]:

@@ -7,11 +7,10 @@ import json
 import secrets
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import IO
+from dataclasses import dataclass, field
 
 from dist_mtp.config import Config, to_dict
 from dist_mtp.errors import (
@@ -81,20 +80,35 @@ class _Started:
 
     host: str
     process: subprocess.Popen[str]
-    said: IO[str] | None
-    """Its standard error; None for the first node, whose is shown as it comes."""
+    is_first: bool
+    """Its standard error is shown as it comes; the others have little to say that the first node does not."""
+    has_begun: bool = False
+    """It has met the others: the host was reached, and the run has begun."""
+    said: list[str] = field(default_factory=list)
+    """Lines on standard error that were not shown."""
+
+    def __post_init__(self) -> None:
+        self._reader = threading.Thread(target=self._read, name=f"stderr of {self.host}", daemon=True)
+        self._reader.start()
 
     @property
     def code(self) -> int | None:
         return self.process.poll()
 
-    @property
-    def errors(self) -> str:
-        """What it had to say, as far as that was not for the run's log."""
-        if self.said is None:
-            return ""
-        self.said.seek(0)
-        return self.said.read()
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if line.rstrip("\n") == BEGAN:
+                self.has_begun = True
+            elif self.is_first:
+                with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+                    print(line, end="", file=sys.stderr, flush=True)
+            else:
+                self.said.append(line)
+
+    def read_all(self) -> None:
+        """Once it has ended: wait for its last words, but not for a process of ssh's that keeps the pipe open."""
+        self._reader.join(END_S)
 
     def tell(self, line: str) -> None:
         assert self.process.stdin is not None
@@ -113,31 +127,37 @@ def _run_all(config: Config, cluster: Cluster) -> int:
     """Start a launcher on every host and stay until the last of them has ended."""
     introduction = json.dumps({"token": secrets.token_hex(16), "config": to_dict(config)})
     started: list[_Started] = []
-    with contextlib.ExitStack() as stack:
-        for rank, (host, command) in enumerate(zip(cluster.hosts, node_commands(config, cluster), strict=True)):
-            said = stack.enter_context(tempfile.TemporaryFile("w+")) if rank else None
-            try:
-                # In a session of its own: an interrupt at the terminal is for this process, which passes it on.
-                process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stderr=said, text=True, start_new_session=True
-                )
-            except FileNotFoundError as error:
-                for node in started:
-                    node.hang_up()
-                raise ConfigError(f"{command[0]} is not installed on this machine: install OpenSSH's client") from error
-            started.append(_Started(host, process, said))
-            started[-1].tell(introduction)
+    received: list[int] = []
 
-        def pass_on(number: int, frame: object) -> None:
+    def pass_on(number: int, frame: object) -> None:
+        received.append(number)
+        for node in started:
+            node.tell(f"signal {number}")
+
+    for rank, (host, command) in enumerate(zip(cluster.hosts, node_commands(config, cluster), strict=True)):
+        try:
+            # In a session of its own: an interrupt at the terminal is for this process, which passes it on.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
             for node in started:
-                node.tell(f"signal {number}")
+                node.hang_up()
+            raise ConfigError(f"{command[0]} is not installed on this machine: install OpenSSH's client") from error
+        started.append(_Started(host, process, is_first=rank == 0))
+        started[-1].tell(introduction)
+    with handled(pass_on):
+        _wait(started)
+    return _code(started, received)
 
-        with handled(pass_on):
-            return _wait(started)
 
-
-def _wait(started: Sequence[_Started]) -> int:
-    """The run's exit code, once no launcher is left."""
+def _wait(started: Sequence[_Started]) -> None:
+    """Until no launcher is left."""
     began = time.monotonic()
     patience: float | None = None
     while any(node.code is None for node in started):
@@ -153,7 +173,8 @@ def _wait(started: Sequence[_Started]) -> int:
             if now > patience + END_S:
                 for node in started:
                     node.process.kill()
-    return _code(started)
+    for node in started:
+        node.read_all()
 
 
 def _unreached(started: Sequence[_Started]) -> list[_Started]:
@@ -161,22 +182,29 @@ def _unreached(started: Sequence[_Started]) -> list[_Started]:
     return [node for node in started if node.code is not None and node.code not in _DOCUMENTED]
 
 
-def _code(started: Sequence[_Started]) -> int:
+def _code(started: Sequence[_Started], received: Sequence[int]) -> int:
+    """The run's exit code.
+
+    Args:
+        received: signals that were passed on.
+    """
     codes = [node.code for node in started]
-    for node in started[1:]:
-        for line in node.errors.splitlines():
+    for node in started:
+        for line in node.said:
             if line.startswith("error: "):
-                print(f"{node.host}: {line}", file=sys.stderr)
-    first = codes[0]
+                print(f"{node.host}: {line}", end="", file=sys.stderr)
+    first, began = codes[0], any(node.has_begun for node in started)
     if first in _RAN:
         return int(first)
+    if received and not began:
+        return 128 + received[0]  # launchers may have been too young to say so themselves
     if gone := [node for node in _unreached(started) if (node.code or 0) > 0]:
-        if any(BEGAN in node.errors.splitlines() for node in started):
+        if began:
             lost = ", ".join(node.host for node in gone)
             print(f"error: the connection to {lost} was lost after the run had begun: see its logs", file=sys.stderr)
             return EXIT_RANK_FAILURE
         for node in gone:
-            print(f"error: {explain_ssh(node.host, node.code or 0, node.errors)}", file=sys.stderr)
+            print(f"error: {explain_ssh(node.host, node.code or 0, ''.join(node.said))}", file=sys.stderr)
         return EXIT_CONFIG
     if first in _DOCUMENTED:
         return int(first or 0)

@@ -100,21 +100,41 @@ class TestWaiting:
         assert f"error: job 7 ended with exit code {job}" in told
         assert f"see {tmp_path}/run/logs/slurm-7.out" in told
 
-    @pytest.mark.parametrize("is_queued", [False, True], ids=["running", "queued"])
-    def test_told_to_stop(self, is_queued: bool, programs: Path, tmp_path: Path) -> None:
-        """A job that runs is signalled and waited for; one in the queue is cancelled, which ``sbatch --wait`` calls 0."""
+    def test_stopped_but_not_saved(self, programs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        """The job was killed while it saved: not the same as a stop before anything was trained."""
+        run, script = (
+            tmp_path / "run",
+            f"echo 7; sleep 1; echo '{{}}' > {tmp_path}/run/plan.json; kill -INT $PPID; sleep 1",
+        )
+        write_program(programs / "sbatch", f"{script}; exit 1")
+        for name in ("scancel", "squeue"):
+            write_program(programs / name, "true")
+        assert train(compose([*overrides(tmp_path, "run"), *NODES, "launcher.slurm.wait=true"])) == EXIT_RANK_FAILURE
+        assert "before a checkpoint was committed" in capfd.readouterr().err, run
+
+    @pytest.mark.parametrize("state", ["running", "begun", "queued"])
+    def test_told_to_stop(self, state: str, programs: Path, tmp_path: Path) -> None:
+        """A job that runs is signalled, once, when it has a step, and waited for; one in the queue is cancelled, which
+        ``sbatch --wait`` calls 0."""
+        is_queued = state == "queued"
         run, said = tmp_path / "run", tmp_path / "scancel.txt"
         end = "exit 0" if is_queued else f"sleep 0.5; cp {tmp_path}/result.json {run}; exit 143"
         (tmp_path / "result.json").write_text(
             '{"status": "interrupted", "exit_code": 143, "objective": null, "message": null, "metrics": {}}'
         )
-        write_program(programs / "sbatch", f"echo 7; while [ ! -e {said} ]; do sleep 0.05; done; {end}")
+        word = "PENDING" if is_queued else "TERM"
+        write_program(programs / "sbatch", f"echo 7; until grep -qs {word} {said}; do sleep 0.05; done; {end}")
         write_program(programs / "scancel", f'echo "$@" >> {said}')
+        steps = {"running": "echo 7.batch 7.0", "begun": f"[ $(wc -l < {said}) -lt 2 ] || echo 7.0", "queued": "true"}
+        write_program(programs / "squeue", steps[state])
         running = Running(launches.dist_mtp(*overrides(tmp_path, "run"), *NODES, "launcher.slurm.wait=true"), run)
         running.wait_until(lambda: "queued as job 7" in running.output, "the queue")
         running.process.send_signal(signal.SIGINT)
         ended = running.end(30)
-        assert said.read_text().splitlines() == ["--state=PENDING 7", "--signal=TERM 7"]
+        asked = said.read_text().splitlines()
+        assert asked[0] == "--state=PENDING 7", asked
+        assert asked.count("--signal=TERM 7.0") == (not is_queued), asked
+        assert "7.batch" not in " ".join(asked), "the job's script would die and leave its ranks to be killed"
         assert ended.code == (EXIT_INTERRUPTED if is_queued else EXIT_TERMINATED), ended.output
 
 

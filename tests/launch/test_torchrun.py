@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
 import pytest
 
 from dist_mtp.cli.compose import compose
-from dist_mtp.errors import EXIT_CONFIG, EXIT_RANK_FAILURE, EXIT_TERMINATED
+from dist_mtp.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_RANK_FAILURE, EXIT_TERMINATED
 from dist_mtp.launch import torchrun
 from dist_mtp.launch.agent import BEGAN
 from dist_mtp.launch.cluster import Cluster
@@ -29,16 +33,40 @@ UNKNOWN = "echo 'ssh: Could not resolve hostname node0: Name or service not know
         ("exit 255", "cat > /dev/null; exit 143", EXIT_CONFIG, "node0 cannot be reached by ssh"),
         ("cat > /dev/null; exit 143", f"{UNKNOWN}; exit 255", EXIT_CONFIG, "node1 cannot be reached by ssh"),
         ("exit 2", "echo 'error: torch differs' >&2; exit 2", EXIT_CONFIG, "node1: error: torch differs"),
+        (f"{MET}; exit 255", None, EXIT_RANK_FAILURE, "connection to node0 was lost after the run"),
+        ("echo 'ssh: no route' >&2; exit 255", None, EXIT_CONFIG, "ssh: no route"),
     ],
-    ids=["done", "stopped", "lost", "first unknown", "second unknown", "refused"],
+    ids=["done", "stopped", "lost", "first unknown", "second unknown", "refused", "only one lost", "only one unknown"],
 )
 def test_exit_code(
-    first: str, second: str, code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    first: str,
+    second: str | None,
+    code: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Bad configuration only if the run never began: scripts that start runs again take it for final."""
-    monkeypatch.setattr(torchrun, "node_commands", lambda *_: [["sh", "-c", line] for line in (first, second)])
-    config = compose(["launcher=torchrun", f"launcher.hosts=[{','.join(HOSTS)}]", "launcher.ranks_per_node=1"])
-    got = torchrun.run(config, Cluster(HOSTS, 2, 1, is_elsewhere=True))
-    said = capsys.readouterr().err
+    got, said = run([first] if second is None else [first, second], monkeypatch, capsys)
     assert got == code, f"exited {got}, expected {code}: {said}"
     assert words in said, said
+    assert BEGAN not in said, "a word between launchers was shown"
+
+
+def test_an_early_signal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Launchers that are just starting die of it; ssh says 255 for that."""
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    got, said = run(["head -n 2 > /dev/null; kill -INT $$", "head -n 2 > /dev/null; exit 255"], monkeypatch, capsys)
+    timer.join()
+    assert got == EXIT_INTERRUPTED, f"exited {got}: {said}"
+    assert "cannot be reached" not in said, said
+
+
+def run(lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and standard error of a launch whose hosts run these lines."""
+    monkeypatch.setattr(torchrun, "node_commands", lambda *_: [["sh", "-c", line] for line in lines])
+    hosts = HOSTS[: len(lines)]
+    config = compose(["launcher=torchrun", f"launcher.hosts=[{','.join(hosts)}]", "launcher.ranks_per_node=1"])
+    code = torchrun.run(config, Cluster(hosts, len(hosts), 1, is_elsewhere=True))
+    return code, capsys.readouterr().err
