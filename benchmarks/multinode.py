@@ -71,7 +71,7 @@ def main() -> int:
             ],
         }
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-    arguments.output.with_suffix(".log").write_text("\n".join(log))
+    arguments.output.with_suffix(".log").write_text("\n".join(log).replace(f"{ROOT}/", "").replace(f"{temporary}/", ""))
     print(json.dumps(results, indent=2))
     equal = all(way["equal"] for way in results["launchers"]["ways"].values()) and results["link"]["equal"]
     survived = all(

@@ -113,16 +113,16 @@ class RollCall:
         except ConfigError as error:
             self.refuse(str(error), error.exit_code)
             raise
+        if len(ordered) > 1:
+            # Its own connection does not leave the machine; what counts is the address at which the others see it.
+            ordered[0].address = ordered[1].connection.own_address
         self.members = ordered
         return ordered
 
     def start(self, **assignment: Any) -> None:
         """Tell every node to start its ranks, and watch over all of them from now on."""
         nodes = [{"host": m.host, "address": m.address, "ranks": m.ranks, "port": m.probe_port} for m in self.members]
-        # Its own connection does not leave the machine; what counts is the address at which the others see it.
-        others = self.members[1:]
-        first = self.members[0].address = others[0].connection.own_address if others else self.members[0].address
-        nodes[0] |= {"address": first, "port": self.port}
+        nodes[0]["port"] = self.port
         for member in self.members:
             member.heard = time.monotonic()
             member.connection.send("start", node_rank=member.node_rank, nodes=nodes, **assignment)
