@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,20 +54,32 @@ def split_fix(message: str) -> tuple[str, str]:
     return (what, fix) if what else (fix, "")
 
 
+def completed(
+    command: Sequence[str], timeout_s: float, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A program that has ended, in whatever way, and could ask nobody anything.
+
+    Raises:
+        OSError: it cannot be run.
+        subprocess.TimeoutExpired: it did not end, and was killed.
+    """
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout_s,
+        env=env,
+    )
+
+
 def output_of(*command: str, timeout_s: float = _COMMAND_TIMEOUT_S) -> str | None:
     """Standard output of a program; None if it is not installed, fails or hangs."""
     if shutil.which(command[0]) is None:
         return None
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            env={**os.environ, "LC_ALL": "C"},
-        )
+        done = completed(command, timeout_s, env={**os.environ, "LC_ALL": "C"})
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_mtp.doctor.finding import Finding, split_fix
+from dist_mtp.doctor.finding import Finding, completed, split_fix
 from dist_mtp.errors import ConfigError
 from dist_mtp.launch.facts import compare_facts, node_facts, token_file
 from dist_mtp.launch.remote import explain_ssh, ssh_command
@@ -148,16 +148,8 @@ def _last_line(answer: str) -> Any:
 
 
 def _ask(host: str, ssh_config: str | None, argv: Sequence[str], timeout_s: float) -> Answer:
-    command = ssh_command(host, ssh_config, argv)
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-        )
+        done = completed(ssh_command(host, ssh_config, argv), timeout_s)
     except subprocess.TimeoutExpired:
         return ConfigError(f"{host} did not answer within {timeout_s:.0f} s: see what it is busy with")
     except OSError as error:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from dist_mtp.doctor.finding import Finding
+from dist_mtp.doctor.finding import Finding, completed
 
 LISTEN_S = 120.0
 CONNECT_S = 5.0
@@ -161,14 +161,7 @@ def _listening(command: Sequence[str]) -> Iterator[str | None]:
 def _answer(command: Sequence[str]) -> dict[str, Any]:
     """Of one that connects."""
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=START_S + 2 * CONNECT_S,
-        )
+        done = completed(command, START_S + 2 * CONNECT_S)
     except subprocess.TimeoutExpired as error:
         return {"problem": f"no answer within {error.timeout:.0f} s"}
     except OSError as error:
