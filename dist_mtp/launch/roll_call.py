@@ -180,6 +180,7 @@ class RollCall:
         with self._changed:
             late = not self._open or len(self.members) >= self._nodes
             if not late:
+                connection.send("welcome", beat_s=BEAT_S)  # with the last member everybody is told to start
                 self.members.append(member)
                 self._changed.notify_all()
         if late:
@@ -187,7 +188,6 @@ class RollCall:
             connection.send("refuse", message=text, code=ConfigError.exit_code)
             connection.close()
             return
-        connection.send("welcome", beat_s=BEAT_S)
         while (message := connection.receive()) is not None:
             member.heard = time.monotonic()
             if message["kind"] == "ended":

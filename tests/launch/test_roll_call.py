@@ -14,7 +14,7 @@ import pytest
 from dist_mtp.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RANK_FAILURE, EXIT_TERMINATED, ConfigError
 from dist_mtp.launch import membership, roll_call
 from dist_mtp.launch.membership import Membership, RefusedError
-from dist_mtp.launch.messages import Message
+from dist_mtp.launch.messages import Connection, Message
 from dist_mtp.launch.roll_call import RollCall
 
 RUN = "runs/owls"
@@ -249,6 +249,18 @@ class TestGathering:
         late = meeting.node("late", token="secret")
         late.join()
         assert "has its 1 nodes already: it began without late" in str(late.error)
+
+    def test_welcome_comes_before_start(self, meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The last node to come is what the start was waiting for."""
+        send = Connection.send
+
+        def hesitate(connection: Connection, kind: str, **content: Any) -> bool:
+            time.sleep(0.2 if kind == "welcome" else 0)
+            return send(connection, kind, **content)
+
+        monkeypatch.setattr(Connection, "send", hesitate)
+        (node,) = meeting.begin(1)
+        assert node.membership.node_rank == 0
 
     def test_nobody_listens(self, meeting: Meeting) -> None:
         node = meeting.node("node1")
