@@ -16,7 +16,7 @@ _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?"
 _HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*")  # underscores stand in names that ssh's configuration file defines
 _PORT = re.compile(r"[0-9]{1,5}")
 _INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,31}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SET_HERE = {
     "RANK",
     "LOCAL_RANK",
@@ -107,7 +107,7 @@ def check_value(name: str, value: str) -> None:
 
 
 def _check_variable(name: str, value: str) -> None:
-    if not _VARIABLE.fullmatch(name):
+    if not VARIABLE.fullmatch(name):
         raise ConfigError(
             f"launcher.environment: {name!r} is not the name of an environment variable: write letters, digits and "
             "underscores, beginning with no digit"

@@ -33,7 +33,7 @@ from dist_mtp.launch.ranks import RANK_MODULE
 from dist_mtp.launch.remote import gather_facts
 from dist_mtp.launch.torchrun import endpoint
 from dist_mtp.launch.warden import Wardens
-from dist_mtp.launcher_checks import check_value
+from dist_mtp.launcher_checks import VARIABLE, check_value
 from dist_mtp.monitor.result import read_result
 from dist_mtp.run_folder import CONFIG_FILE
 from dist_mtp.signals import end_with_parent, handled
@@ -43,7 +43,6 @@ HOSTFILE = "launch/hostfile"
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "LD_LIBRARY", "PATH")
 """Beginnings of variables that DeepSpeed exports to all nodes: ``EXPORT_ENVS`` in launcher/runner.py, and on GPUs the last
 three."""
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN = re.compile(r"[\w@+=:,./-]+")
 """Without ``%``: pdsh puts a host's name in place of ``%h``."""
 _SHELLS = {"pdsh": "pdsh", "openmpi": "mpirun"}
@@ -67,7 +66,7 @@ def check(config: Config, cluster: Cluster, environment: Mapping[str, str]) -> N
             )
     for name, value in environment.items():
         if name.startswith(_EXPORTED):
-            if not _VARIABLE.fullmatch(name):
+            if not VARIABLE.fullmatch(name):
                 raise ConfigError(
                     f"environment variable {name!r} has a name that a shell on the nodes could run: unset it"
                 )
@@ -248,7 +247,7 @@ def _check_environment_file(file: Path) -> None:
         return
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         name, _, value = line.partition("=")
-        if not _VARIABLE.fullmatch(name.strip()):
+        if not VARIABLE.fullmatch(name.strip()):
             raise ConfigError(
                 f"{file}, line {number}: {line!r} is not NAME=VALUE: correct it, or use launcher.environment"
             )

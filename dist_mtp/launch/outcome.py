@@ -23,7 +23,7 @@ from dist_mtp.monitor.plan_files import PLAN
 from dist_mtp.monitor.result import read_result, write_result
 
 STOPPED = (EXIT_INTERRUPTED, EXIT_TERMINATED)
-_SAID = (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, *STOPPED)
+SAID = (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, *STOPPED)
 """Exit codes of a rank that ended on purpose and said why."""
 _WAITING = re.compile(r"no progress for \d+ s in: ([^.\n]+)\.")
 _TAIL = 1 << 16
@@ -102,12 +102,12 @@ def explain_failure(config: Config, failures: Mapping[int, Any]) -> Outcome:
         return Outcome(int(result["exit_code"]), "") if result is not None else _explain_no_result(code, trained=True)
     if code < 0:
         message = f"rank {rank} was killed by {failure.signal_name()}"
-    elif code in _SAID:
+    elif code in SAID:
         message = f"rank {rank} ended with exit code {code}"
     else:
         message = f"rank {rank} failed or stopped making progress{_waited_in(config, rank)}"
     blame = _blame(code)
-    code = code if code in _SAID else EXIT_RANK_FAILURE
+    code = code if code in SAID else EXIT_RANK_FAILURE
     for other, late in failures.items():
         # torchrun waits half a minute between its SIGTERM and its SIGKILL.
         if late.exitcode == -signal.SIGKILL and late.timestamp > failure.timestamp + 1:
@@ -132,7 +132,7 @@ def first_failure(failures: Mapping[int, Any]) -> tuple[int, Any]:
 
 def _blame(exit_code: int) -> int:
     """See :attr:`Outcome.blame`."""
-    if exit_code in _SAID:
+    if exit_code in SAID:
         return 0
     if exit_code < 0 and exit_code != -signal.SIGTERM:
         return 1

@@ -15,9 +15,9 @@ from pathlib import Path
 import yaml
 
 from dist_mtp.config import Config, config_hash, to_dict
-from dist_mtp.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_RANK_FAILURE, ConfigError
+from dist_mtp.errors import EXIT_DONE, EXIT_RANK_FAILURE, ConfigError
 from dist_mtp.launch.command import agent_command, shown
-from dist_mtp.launch.outcome import STOPPED, explain_stop, training_began
+from dist_mtp.launch.outcome import SAID, explain_stop, training_began
 from dist_mtp.launch.sbatch import EndedJob, queue_job, run_job
 from dist_mtp.monitor.atomic import replace_text
 from dist_mtp.monitor.result import read_result
@@ -202,7 +202,7 @@ def _code(config: Config, job: EndedJob, code: int | None, output: Path, *, trai
         return outcome.code
     ended = "ended" if code is None else f"ended with exit code {code}"
     print(f"error: job {job.number} {ended} without a result of {config.run_dir}: see {output}", file=sys.stderr)
-    return code if code in (EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, *STOPPED) else EXIT_RANK_FAILURE
+    return code if code in SAID else EXIT_RANK_FAILURE
 
 
 def _options(config: Config, min_nodes: int | None) -> dict[str, str | int]:

@@ -15,17 +15,15 @@ from dataclasses import dataclass, field
 from dist_mtp.config import Config, to_dict
 from dist_mtp.errors import (
     EXIT_CONFIG,
-    EXIT_DATA,
     EXIT_DIVERGED,
     EXIT_DONE,
-    EXIT_INTERRUPTED,
     EXIT_RANK_FAILURE,
-    EXIT_TERMINATED,
     ConfigError,
 )
 from dist_mtp.launch.agent import BEGAN, Node, run_node
 from dist_mtp.launch.cluster import Cluster
 from dist_mtp.launch.hosts import is_this_machine
+from dist_mtp.launch.outcome import SAID
 from dist_mtp.launch.remote import CONNECT_S, explain_ssh, ssh_command
 from dist_mtp.launcher_checks import parse_endpoint
 from dist_mtp.signals import handled
@@ -34,7 +32,7 @@ END_S = 5.0
 """After one node's launcher has ended the others follow; those that have not by then are told to."""
 _RAN = (EXIT_DONE, EXIT_DIVERGED, EXIT_RANK_FAILURE)
 """Exit codes of the first node's launcher that only a run with all nodes has."""
-_DOCUMENTED = (*_RAN, EXIT_CONFIG, EXIT_DATA, EXIT_INTERRUPTED, EXIT_TERMINATED)
+_DOCUMENTED = (*_RAN, *SAID)
 
 
 def run(config: Config, cluster: Cluster) -> int:

@@ -51,7 +51,8 @@ class ExpertLoadsFile:
         """
         if not is_looked_at(step):
             return
-        share_LE = load_LE.cpu().double() / load_LE.cpu().double().mean(dim=1, keepdim=True)
+        load_LE = load_LE.cpu().double()
+        share_LE = load_LE / load_LE.mean(dim=1, keepdim=True)
         quantiles_LQ = share_LE.quantile(torch.tensor(QUANTILES, dtype=torch.float64), dim=1).T.tolist()
         self._file.write({"step": step} | {f"{_KEY}{k}": q for k, q in zip(layers, quantiles_LQ, strict=True)})
 
