@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from dist_mtp.config_checks import check
 from dist_mtp.errors import ConfigError
+from dist_mtp.recompute import KEEP_ALL, Recompute
 from dist_mtp.typed_config import build
 
 
@@ -152,13 +153,30 @@ class PipelineConfig:
     placement: Literal["v", "last"] = "v"
     """``v``: rank 0 holds the first and the last stage, so embedding, head and MTP are physically one set of
     parameters. ``last``: the last rank holds the last stage with a replica of the embedding."""
-    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = "zbv"
+    schedule: Literal["planned", "dualpipev", "zbv", "interleaved_1f1b", "1f1b", "gpipe"] = "planned"
+    """``planned`` searches for the order of actions with the shortest simulated step; it runs on both placements."""
     layout: str = "auto"
-    """``auto``, ``uniform`` (equal unit counts), or units per stage, such as ``3,2,2,3``."""
+    """``auto``, ``uniform`` (equal unit counts), units per stage, such as ``3,2,0,3``, or a layout string as Megatron-LM's,
+    such as ``Et*3|(tt|)*29,m|L`` (see ``dist_mtp/pipeline/layout.py``)."""
     stages_per_rank: int = 2
-    """Virtual stages of a rank under ``interleaved_1f1b``; V placement always has two."""
+    """Virtual stages of a rank under ``last`` placement with ``planned`` or ``interleaved_1f1b``; V placement always has two."""
+    recompute: str = "auto"
+    """What is not kept from forward to backward but computed again: ``none``; names out of ``norms``, ``mla_up`` and ``swiglu``
+    joined by ``+``, such as ``norms+swiglu``; ``full``, whole units; or ``auto``, what makes the plan fastest within the memory
+    of its devices: nothing where that is plenty, or not known."""
+    memory_gb: float | None = None
+    """Memory of a device, in 1e9 bytes, that a plan must not exceed. Null: plans keep to nine tenths of the device profile's where
+    they can, and warn where they cannot."""
+    in_flight: float | None = None
+    """Microbatches whose activations a rank may hold at once under ``planned``. Null: as many as fit into 1.1 times the activations
+    of the fullest rank under ``1f1b``."""
     device_profile: str = "auto"
     """Device whose speed the plan's times assume (see ``dist_mtp/pipeline/devices.py``)."""
+    unit_times_file: str | None = None
+    """File of measured times that ``dist-mtp plan measure=true`` wrote; they replace the device profile's. Null: estimate."""
+    unit_times: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    """What ``unit_times_file`` says, which is read once: seconds of forward, input gradient and weight gradient of a microbatch
+    by kind of pipeline unit."""
 
 
 @dataclass(frozen=True)
@@ -405,6 +423,11 @@ class Config:
         return self.parallel.dp or 1
 
     @property
+    def recompute(self) -> Recompute:
+        """What ``pipeline.recompute`` asks for; nothing while ``auto`` leaves it open."""
+        return KEEP_ALL if self.pipeline.recompute == "auto" else Recompute.parse(self.pipeline.recompute)
+
+    @property
     def is_mixed_precision(self) -> bool:
         """Whether weights and activations are bf16, beside fp32 master weights."""
         return self.precision.name != "fp32"
@@ -450,7 +473,7 @@ class Config:
         """Virtual pipeline stages over all ranks."""
         if self.pipeline.placement == "v":
             return 2 * self.parallel.pp
-        if self.pipeline.schedule == "interleaved_1f1b":
+        if self.pipeline.schedule in ("planned", "interleaved_1f1b"):
             return self.pipeline.stages_per_rank * self.parallel.pp
         return self.parallel.pp
 

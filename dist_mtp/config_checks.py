@@ -19,8 +19,8 @@ from dist_mtp.typed_config import nearest
 if TYPE_CHECKING:
     from dist_mtp.config import Config, ModelConfig
 
-V_SCHEDULES = ("gpipe", "zbv", "dualpipev")
-LAST_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
+V_SCHEDULES = ("planned", "zbv", "dualpipev", "gpipe")
+LAST_SCHEDULES = ("planned", "1f1b", "interleaved_1f1b", "gpipe")
 
 DERIVED_DEEPSPEED_KEYS = {
     "train_micro_batch_size_per_gpu": "use train.micro_batch_size",
@@ -73,6 +73,7 @@ def check(config: Config) -> None:
     _check_positive(config)
     _check_model(config.model)
     _check_pipeline(config)
+    _check_recompute(config)
     _check_experts(config)
     _check_precision(config)
     _check_training(config)
@@ -224,25 +225,42 @@ def _check_pipeline(config: Config) -> None:
         raise ConfigError(
             f"pipeline.schedule={pipeline.schedule} does not run with pipeline.placement={pipeline.placement}: use one of {', '.join(allowed)}, or change the placement"
         )
-    if config.num_stages > config.num_units:
-        need = -(-(config.num_stages - 2) // 2)
+    least = pp + 1 if pipeline.placement == "v" else pp  # each rank one; rank 0 of a V both ends
+    if config.num_units < least:
         raise ConfigError(
-            f"parallel.pp={pp} needs at least {config.num_stages} pipeline units ({config.num_stages} stages), "
-            f"model={config.model.name} has {config.num_units}: lower parallel.pp or raise model.num_layers to {need}"
+            f"parallel.pp={pp} needs at least {least} pipeline units with pipeline.placement={pipeline.placement}, "
+            f"model={config.model.name} has {config.num_units}: lower parallel.pp or raise model.num_layers to "
+            f"{-(-(least - 2) // 2)}"
         )
-    micro_batches = config.train.micro_batches
-    if pipeline.schedule == "dualpipev" and micro_batches < config.num_stages:
+    if problem := micro_batch_problem(pipeline.schedule, pp, config.train.micro_batches):
+        raise ConfigError(problem)
+    for key, value in (("memory_gb", pipeline.memory_gb), ("in_flight", pipeline.in_flight)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"pipeline.{key}={value} must be positive, or null")
+
+
+def micro_batch_problem(schedule: str, pp: int, micro_batches: int) -> str | None:
+    """Why a schedule does not run with so many microbatches, and what would help; None if it does."""
+    if schedule == "dualpipev" and micro_batches < 2 * pp:
+        return (
+            f"pipeline.schedule=dualpipev needs train.micro_batches >= 2*parallel.pp = {2 * pp}, got {micro_batches}: raise "
+            f"it, or use pipeline.schedule=planned, which takes any number"
+        )
+    rounds = max(1, micro_batches // pp)
+    if schedule == "interleaved_1f1b" and micro_batches % rounds:
+        return (
+            f"pipeline.schedule=interleaved_1f1b runs train.micro_batches={micro_batches} in {rounds} rounds, which must "
+            f"divide them: use a multiple of parallel.pp={pp}, or pipeline.schedule=planned"
+        )
+    return None
+
+
+def _check_recompute(config: Config) -> None:
+    if not config.recompute.runs_with(config.moe.dispatcher):
         raise ConfigError(
-            f"pipeline.schedule=dualpipev needs train.micro_batches >= 2*parallel.pp = {config.num_stages}, got "
-            f"{micro_batches}: raise it, or use pipeline.schedule=zbv, which takes any number"
+            f"pipeline.recompute={config.recompute} would get wrong gradients with moe.dispatcher={config.moe.dispatcher}, whose "
+            "rows come in another order each time: use moe.dispatcher=alltoall, or pipeline.recompute=norms+mla_up+swiglu"
         )
-    if pipeline.schedule == "interleaved_1f1b":
-        rounds = max(1, micro_batches // pp)
-        if micro_batches % rounds:
-            raise ConfigError(
-                f"pipeline.schedule=interleaved_1f1b runs train.micro_batches={micro_batches} in {rounds} rounds, which "
-                f"must divide them: use a multiple of parallel.pp={pp}, or pipeline.schedule=1f1b"
-            )
 
 
 def _check_experts(config: Config) -> None:

@@ -66,7 +66,7 @@ class Trainer:
         mine = plan.stages_of(mesh.pp_rank)
         with mesh.device:
             units = {unit for stage in mine for unit in stage.unit_names}
-            self.model = LanguageModel(config, units, expert_rank=mesh.expert_rank)
+            self.model = LanguageModel(config, units, expert_rank=mesh.expert_rank, recompute=plan.recompute)
         initialize(
             self.model,
             seed=config.train.seed,

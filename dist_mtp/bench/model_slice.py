@@ -45,7 +45,7 @@ class ModelSlice:
         rows, length = config.train.micro_batch_size, config.train.seq_len
         self.tokens = rows * length
         with device:
-            self.model = LanguageModel(config, self.units)
+            self.model = LanguageModel(config, self.units, recompute=config.recompute)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.bfloat16()
         initialize(self.model, seed=_SEED, std=config.model.initializer_range)

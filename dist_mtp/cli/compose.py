@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -17,12 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dist_mtp.config import Config, from_mapping
+from dist_mtp.data.tokenizers import tokenizer_vocab_size
 from dist_mtp.errors import ConfigError
+from dist_mtp.pipeline.unit_times import read_unit_times
 from dist_mtp.sweep.plugins import check_hydra_override
 from dist_mtp.typed_config import nearest, valid_keys
 
 _TARGET = re.compile(r"(?<!\w)_target_['\"]?\s*[:=]")
-_LAYOUT = re.compile(r"pipeline\.layout=(\d+(,\d+)+)")
+_LAYOUT = re.compile(r"pipeline\.layout=(\d+(,\d+)*|[\s(]*E[^'\"\\$]*)")
+"""Numbers of units, or a layout string such as ``Et*3|(tt|)*29,m|L``: neither is a value of Hydra's grammar unless quoted."""
 _OPEN_SECTIONS = ("ds.", "launcher.environment.")
 """Whose keys are not in the schema."""
 _OVERRIDE = re.compile(r"^(?P<sign>~|\+\+?)?(?P<key>[^=@]+)(@[^=]*)?(=.*)?$", re.DOTALL)
@@ -63,7 +67,28 @@ def from_composed(composed: DictConfig) -> Config:
     values: Any = OmegaConf.to_container(composed, resolve=True)
     values.pop("hydra", None)
     refuse_targets(values)
-    return from_mapping(values)
+    return _with_unit_times(from_mapping(values))
+
+
+def _with_unit_times(config: Config) -> Config:
+    """The configuration with what ``pipeline.unit_times_file`` says, for ranks that may not see that file.
+
+    Raises:
+        ConfigError: it cannot be read, or was measured with other settings.
+    """
+    file = config.pipeline.unit_times_file
+    if file is None:
+        return config
+    if config.pipeline.unit_times:
+        raise ConfigError(f"pipeline.unit_times and pipeline.unit_times_file={file} are both given: remove one of them")
+    vocab_size = config.model.vocab_size or tokenizer_vocab_size(config.tokenizer)
+    try:
+        times = read_unit_times(Path(file))
+        times.check_fits(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size)))
+    except ConfigError as error:
+        raise ConfigError(f"pipeline.unit_times_file={file}: {error}") from error
+    seconds: dict[str, tuple[float, float, float]] = {**times.seconds}
+    return dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, unit_times=seconds))
 
 
 def check_overrides(overrides: Sequence[str]) -> list[str]:
@@ -89,7 +114,7 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
             checked.append(override if match["sign"] else f"++{override}")
             continue
         if layout := _LAYOUT.fullmatch(override):
-            override = f"pipeline.layout='{layout[1]}'"  # bare, Hydra takes it for a sweep over numbers
+            override = f"pipeline.layout='{layout[1]}'"  # bare, Hydra takes commas for a sweep
         if key in groups:
             several = "," in value or "(" in value or value.startswith("[")  # a sweep, such as glob(*)
             known = value in ("", "null", *groups[key]) or own_files or several

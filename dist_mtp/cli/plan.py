@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from dist_mtp.cli import measure
 from dist_mtp.cli.compose import compose
 from dist_mtp.cli.gpus import cuda_device_name, visible_gpus
 from dist_mtp.config import Config, resolve
 from dist_mtp.data.tokenizers import tokenizer_vocab_size
 from dist_mtp.launch.cluster import plan_cluster, settled
-from dist_mtp.monitor.formatting import compact, percent
+from dist_mtp.monitor.atomic import replace_text
+from dist_mtp.monitor.formatting import compact, percent, span
 from dist_mtp.monitor.plan_files import PICTURE, PLAN, write_plan
+from dist_mtp.pipeline.comparison import Alternative, compare
 from dist_mtp.pipeline.experts import ExpertPlan
 from dist_mtp.pipeline.nodes import Node
 from dist_mtp.pipeline.plan import Plan, make_plan
 from dist_mtp.run_folder import CONFIG_FILE
 
+COMPARISON = "comparison.json"
+"""Beside ``plan.json``: what the run would be under every other placement and schedule."""
+
 
 def main(arguments: list[str]) -> int:
-    """``dist-mtp plan [overrides]``."""
-    config, world_size = _on_cluster(compose(arguments))
-    return run(resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer), world_size=world_size))
+    """``dist-mtp plan [measure=true] [overrides]``."""
+    measuring, overrides = measure.take_measure(arguments)
+    config, world_size = _on_cluster(compose(overrides))
+    resolved = resolve(config, vocab_size=tokenizer_vocab_size(config.tokenizer), world_size=world_size)
+    return run(measure.run(resolved) if measuring else resolved)
 
 
 def run(config: Config) -> int:
@@ -38,12 +47,14 @@ def run(config: Config) -> int:
     """
     plan = make_plan(config, cuda_device_name(config))
     folder = Path(config.run_dir)
-    print(summary(plan))
+    alternatives = compare(config, plan)
+    print(summary(plan, alternatives))
     if (folder / CONFIG_FILE).exists():
         print(f"\nnot written: {folder} holds a run and its {PLAN}; choose another run.name to write this plan")
         return 0
     write_plan(plan, folder)
-    print(f"\nwritten to {folder / PLAN} and {folder / PICTURE}")
+    replace_text(folder / COMPARISON, json.dumps([other.to_json() for other in alternatives], indent=2) + "\n")
+    print(f"\nwritten to {folder / PLAN}, {folder / PICTURE} and {folder / COMPARISON}")
     return 0
 
 
@@ -56,13 +67,18 @@ def _on_cluster(config: Config) -> tuple[Config, int | None]:
     return settled(config, cluster.nodes), cluster.world_size
 
 
-def summary(plan: Plan) -> str:
+def summary(plan: Plan, alternatives: Sequence[Alternative] = ()) -> str:
     """The plan as aligned tables of stages and ranks, where experts and ranks live, and the numbers to judge it by."""
     parts = [_stage_table(plan), _rank_table(plan)]
     if plan.experts is not None:
         parts.append(_experts(plan.experts))
     parts.append(_nodes(plan))
-    return "\n\n".join("\n".join(part) for part in [*parts, _predictions(plan)])
+    if alternatives:
+        parts.append(_alternatives(plan, alternatives))
+    parts.append(_predictions(plan))
+    if plan.warnings:
+        parts.append([line for warning in plan.warnings for line in _wrapped(f"warning: {warning}")])
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 def _stage_table(plan: Plan) -> list[str]:
@@ -70,20 +86,45 @@ def _stage_table(plan: Plan) -> list[str]:
     rows = [("stage", "rank", "units", "", "time", "params")]
     for stage in plan.stages:
         names = stage.unit_names
-        span = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
         share = percent(stage.cost.time / total)
-        rows.append((str(stage.index), str(stage.rank), str(len(names)), span, share, compact(stage.cost.params)))
+        rows.append(
+            (str(stage.index), str(stage.rank), str(len(names)), span(names), share, compact(stage.cost.params))
+        )
     return _aligned(rows, left=(3,))
 
 
 def _rank_table(plan: Plan) -> list[str]:
-    """Parameters and bytes on one data-parallel rank of each pipeline rank."""
-    header = ("rank", "dense params", "expert params", "weights", "gradients", "optimizer", "activations", "memory")
+    """Share of the step, parameters and bytes of one data-parallel rank of each pipeline rank.
+
+    ``next``: what a step exchanges with ranks further on, both ways.
+    """
+    header = (
+        "rank",
+        "busy",
+        "dense params",
+        "expert params",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "memory",
+        "next",
+    )
     rows: list[tuple[str, ...]] = [header]
-    for rank in plan.ranks:
+    edges = plan.edge_bytes()
+    for rank, busy in zip(plan.ranks, plan.timeline.busy, strict=True):
         params = (compact(count) if count else "-" for count in (rank.dense_params, rank.expert_params))
         kinds = (rank.weight_bytes, rank.gradient_bytes, rank.optimizer_bytes, rank.activation_bytes, rank.total_bytes)
-        rows.append((str(rank.rank), *params, *(f"{compact(size)}B" for size in kinds)))
+        sent = sum(num_bytes for (lower, _), num_bytes in edges.items() if lower == rank.rank)
+        rows.append(
+            (
+                str(rank.rank),
+                percent(busy / plan.timeline.step_time).strip(),
+                *params,
+                *(f"{compact(size)}B" for size in kinds),
+                f"{compact(sent)}B" if sent else "-",
+            )
+        )
     return _aligned(rows)
 
 
@@ -120,7 +161,7 @@ def _nodes(plan: Plan) -> list[str]:
         sent = f", {compact(traffic.busiest_node_bytes)}B from a node in a step" if traffic.crossing_links else ""
         lines.append(f"{names[traffic.kind]:<18}  {traffic.crossing} cross nodes ({share}{sent})")
     for warning in plan.node_warnings:
-        lines += textwrap.wrap(f"warning: {warning}", width=120, subsequent_indent=" " * len("warning: "))
+        lines += _wrapped(f"warning: {warning}")
     return lines
 
 
@@ -141,6 +182,28 @@ def _shortened(items: Sequence[str]) -> str:
     return ", ".join(items if len(items) <= 4 else [*items[:2], "..", items[-1]])
 
 
+def _alternatives(plan: Plan, alternatives: Sequence[Alternative]) -> list[str]:
+    """Every placement and schedule, the plan's own marked."""
+    rows: list[tuple[str, ...]] = [("", "placement", "schedule", "step", "bubble", "activations", "memory", "")]
+    for other in alternatives:
+        mark = "*" if (other.placement, other.schedule) == (plan.placement, plan.schedule) else ""
+        if other.step_time is None or other.bubble is None:
+            rows.append((mark, other.placement, other.schedule, "-", "-", "-", "-", ""))
+            continue
+        sizes = (f"{compact(size or 0)}B" for size in (other.peak_activation_bytes, other.memory_bytes))
+        too_much = plan.memory_limit is not None and (other.memory_bytes or 0) > plan.memory_limit
+        verdict = "too much" if too_much else ""
+        rows.append(
+            (mark, other.placement, other.schedule, f"{other.step_time:.4g} s", percent(other.bubble), *sizes, verdict)
+        )
+    problems = dict.fromkeys(other.problem for other in alternatives if other.problem)
+    return [*_aligned(rows, left=(0, 1, 2, 7)), *(line for problem in problems for line in _wrapped(f"-: {problem}"))]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, width=120, subsequent_indent=" " * (text.index(":") + 2))
+
+
 def _aligned(rows: Sequence[tuple[str, ...]], left: Collection[int] = ()) -> list[str]:
     """Rows as lines of equal columns, all but those in ``left`` right-aligned."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -152,23 +215,28 @@ def _aligned(rows: Sequence[tuple[str, ...]], left: Collection[int] = ()) -> lis
     ]
 
 
+def _origin(plan: Plan) -> str:
+    """How ``planned`` made its table."""
+    if plan.origin == plan.schedule:
+        return ""
+    if plan.origin == "list":
+        return " (list scheduling)"
+    moved = plan.origin.endswith("+")
+    return f" ({plan.origin.rstrip('+')}{', weight gradients placed anew' if moved else ''})"
+
+
 def _predictions(plan: Plan) -> list[str]:
     timeline, bound = plan.timeline, plan.bound
     rank_times = [sum(stage.cost.time for stage in plan.stages_of(rank)) for rank in range(plan.pp)]
     balance = sum(rank_times) / plan.pp / max(rank_times)
     peaks = timeline.peak_activation_bytes
-    lines = [
-        f"{plan.schedule} on {plan.placement} placement: pp={plan.pp}, dp={plan.dp}, "
+    return [
+        f"{plan.schedule}{_origin(plan)} on {plan.placement} placement: pp={plan.pp}, dp={plan.dp}, "
         f"{plan.micro_batches} microbatches, device profile {plan.profile.name}",
+        f"recomputed          {'nothing' if str(plan.recompute) == 'none' else plan.recompute}",
         f"predicted step      {timeline.step_time:.4g} s, bubble{percent(timeline.bubble)}",
         f"peak activations    {compact(min(peaks))}B to {compact(max(peaks))}B per rank",
         f"balance of ranks   {percent(balance)}, at most {percent(bound.balance).strip()} with the head on one rank",
         f"ramp               {percent(bound.ramp)} is the most that filling and draining the pipeline leave",
         f"least bubble       {percent(1 - balance * bound.ramp)} with these stages under any order of actions",
     ]
-    if plan.pp > plan.balanced_ranks:
-        lines.append(
-            f"warning: the rank with the head is slower than the mean from parallel.pp={plan.balanced_ranks + 1} on: "
-            f"parallel.pp={plan.balanced_ranks} with more data parallelism suits this model better"
-        )
-    return lines

@@ -1,6 +1,6 @@
 """What is computed: modules and losses of the trunk and of Multi-Token Prediction. Knows nothing of ranks.
 
-Imports only ``dist_mtp.precision`` and ``dist_mtp.config``.
+Imports only ``dist_mtp.precision``, ``dist_mtp.config`` and ``dist_mtp.recompute``.
 
 Shape suffixes (``scores_TE`` is [T, E]):
     B rows of a microbatch        T positions of a row (or of all rows, where rows are flattened)

@@ -12,6 +12,8 @@ from dist_mtp.config import ModelConfig
 from dist_mtp.model.norm import RMSNorm
 from dist_mtp.model.rope import attention_scale, rope_tables, rotate
 from dist_mtp.precision.linear import Linear, project
+from dist_mtp.precision.recomputation import recomputed
+from dist_mtp.recompute import KEEP_ALL, Recompute
 
 LATENT_NORM_EPS = 1e-6
 """Epsilon of the norms on compressed queries and keys; fixed in the reference implementation, whatever rms_norm_eps is."""
@@ -41,6 +43,8 @@ class AttentionContext:
 class LatentAttention(nn.Module):
     """Queries and keys/values are compressed to low rank; a small rotary part carries positions."""
 
+    recompute: Recompute = KEEP_ALL
+
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.num_heads = model.num_attention_heads
@@ -64,17 +68,30 @@ class LatentAttention(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         queries_from = self.q_a_proj if self.compresses_queries else self.q_proj
         q, compressed = project(x_BTD, queries_from, self.kv_a_proj_with_mqa)
-        if self.compresses_queries:
-            q = self.q_b_proj(self.q_a_layernorm(q))
-        q_nope, q_rope = self._heads(q).split((self.nope, self.rope), dim=-1)  # [B, H, T, N], [B, H, T, R]
-        latent, k_rope = compressed.split((self.latent, self.rope), dim=-1)
-        k_nope, value = self._heads(self.kv_b_proj(self.kv_a_layernorm(latent))).split((self.nope, self.value), dim=-1)
-        q_rope = rotate(q_rope, context.cos, context.sin)
-        k_rope = rotate(k_rope.unsqueeze(1), context.cos, context.sin)  # one rotary key for all heads: [B, 1, T, R]
-        query = torch.cat((q_nope, q_rope), dim=-1)
-        key = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=context.mask, scale=self.scale)
+        again = self.recompute.mla_up
+        with (
+            # Queries that come straight from x have no latent, and cost as much to keep as what they are made of.
+            recomputed(again and self.compresses_queries, self._queries, q, context) as query,
+            recomputed(again, self._keys_and_values, compressed, context) as (key, value),
+        ):
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=context.mask, scale=self.scale)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _queries(self, q: Tensor, context: AttentionContext) -> Tensor:
+        """From q_a_proj's (or q_proj's) output to [B, H, T, N + R]."""
+        if self.compresses_queries:
+            with recomputed(self.recompute.norms, self.q_a_layernorm, q) as normed:
+                q = self.q_b_proj(normed)
+        q_nope, q_rope = self._heads(q).split((self.nope, self.rope), dim=-1)  # [B, H, T, N], [B, H, T, R]
+        return torch.cat((q_nope, rotate(q_rope, context.cos, context.sin)), dim=-1)
+
+    def _keys_and_values(self, compressed: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """From kv_a_proj_with_mqa's output to [B, H, T, N + R] and [B, H, T, value width]."""
+        latent, k_rope = compressed.split((self.latent, self.rope), dim=-1)
+        with recomputed(self.recompute.norms, self.kv_a_layernorm, latent) as normed:
+            k_nope, value = self._heads(self.kv_b_proj(normed)).split((self.nope, self.value), dim=-1)
+        k_rope = rotate(k_rope.unsqueeze(1), context.cos, context.sin)  # one rotary key for all heads: [B, 1, T, R]
+        return torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1), value
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, H * width] -> [B, H, T, width]."""

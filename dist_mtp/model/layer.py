@@ -8,13 +8,17 @@ from torch import Tensor, nn
 from dist_mtp.config import Config
 from dist_mtp.model.attention import AttentionContext, LatentAttention
 from dist_mtp.model.feed_forward import FeedForward
-from dist_mtp.model.moe import MoE
+from dist_mtp.model.moe import Experts, MoE
 from dist_mtp.model.norm import RMSNorm
 from dist_mtp.precision.linear import Linear
+from dist_mtp.precision.recomputation import recomputed
+from dist_mtp.recompute import KEEP_ALL, Recompute
 
 
 class DecoderLayer(nn.Module):
     """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``; a rank may hold either half alone."""
+
+    recompute: Recompute = KEEP_ALL
 
     def __init__(self, config: Config, *, is_moe: bool, attention: bool = True, feed_forward: bool = True) -> None:
         super().__init__()
@@ -27,10 +31,12 @@ class DecoderLayer(nn.Module):
             self.mlp = MoE(config) if is_moe else FeedForward(model.hidden_size, model.intermediate_size)
 
     def attention_half(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
-        return x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
+        with recomputed(self.recompute.norms, self.input_layernorm, x_BTD) as normed:
+            return x_BTD + self.self_attn(normed, context)
 
     def feed_forward_half(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        with recomputed(self.recompute.norms, self.post_attention_layernorm, x_BTD) as normed:
+            return x_BTD + self.mlp(normed)
 
 
 class MtpModule(DecoderLayer):
@@ -54,6 +60,17 @@ class MtpModule(DecoderLayer):
         Returns:
             [B, T, D], normed: input of the output head and of the next depth.
         """
-        x = self.eh_proj(torch.cat((self.enorm(embedded_BTD), self.hnorm(hidden_BTD)), dim=-1))
+        with recomputed(self.recompute.norms, self._joint, hidden_BTD, embedded_BTD) as joint:
+            x = self.eh_proj(joint)
         normed: Tensor = self.shared_head["norm"](self.feed_forward_half(self.attention_half(x, context)))
         return normed
+
+    def _joint(self, hidden_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
+        return torch.cat((self.enorm(embedded_BTD), self.hnorm(hidden_BTD)), dim=-1)
+
+
+def attach_recompute(model: nn.Module, recompute: Recompute) -> None:
+    """Make every layer below ``model`` keep less. ``recompute.units`` is not for layers: it is up to who calls them."""
+    for module in model.modules():
+        if isinstance(module, DecoderLayer | LatentAttention | FeedForward | Experts):
+            module.recompute = recompute

@@ -12,8 +12,10 @@ from dist_mtp.model.router import Router, count_in_backward
 from dist_mtp.precision.fp8.linear import fp8_linear, fp8_swiglu_linear
 from dist_mtp.precision.fp8.tiles import RowTiles
 from dist_mtp.precision.grouped import grouped_linear
+from dist_mtp.precision.recomputation import recomputed
 from dist_mtp.precision.swiglu import fused_swiglu
 from dist_mtp.precision.weight_grads import DeferrableLayer
+from dist_mtp.recompute import KEEP_ALL, Recompute
 
 
 class Experts(DeferrableLayer):
@@ -24,6 +26,7 @@ class Experts(DeferrableLayer):
     """
 
     processed: Tensor
+    recompute: Recompute = KEEP_ALL
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -40,7 +43,8 @@ class Experts(DeferrableLayer):
             y_ND = fp8_swiglu_linear((gate_up,), self.down_proj, self, tiles)
         else:
             gate_up = grouped_linear(x_ND, self.gate_up_proj, ends_E, self)
-            y_ND = grouped_linear(fused_swiglu(gate_up), self.down_proj, ends_E, self)
+            with recomputed(self.recompute.swiglu, fused_swiglu, gate_up) as product:
+                y_ND = grouped_linear(product, self.down_proj, ends_E, self)
         if self.training:
             y_ND = count_in_backward(y_ND, self.processed, ends_E.diff(prepend=ends_E.new_zeros(1)))
         return y_ND

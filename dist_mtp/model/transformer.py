@@ -7,19 +7,22 @@ of the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from dist_mtp.config import Config
 from dist_mtp.model.attention import AttentionContext
 from dist_mtp.model.embedding import Embedding
-from dist_mtp.model.layer import DecoderLayer, MtpModule
+from dist_mtp.model.layer import DecoderLayer, MtpModule, attach_recompute
 from dist_mtp.model.loss import HeadStats, head_stats, linear_cross_entropy
 from dist_mtp.model.norm import RMSNorm
 from dist_mtp.model.targets import shifted_targets
 from dist_mtp.precision.linear import Linear
+from dist_mtp.precision.recomputation import checkpointed
+from dist_mtp.recompute import KEEP_ALL, Recompute
 
 EMBED, HEAD = "embed", "head"
 
@@ -56,11 +59,14 @@ class LanguageModel(nn.Module):
         config: resolved configuration.
         units: names of the units to build; every unit for a whole model.
         expert_rank: which of the ``parallel.ep`` equal parts of every layer's experts to build.
+        recompute: what the backward computes again.
     """
 
-    def __init__(self, config: Config, units: Collection[str], *, expert_rank: int = 0) -> None:
+    def __init__(
+        self, config: Config, units: Collection[str], *, expert_rank: int = 0, recompute: Recompute = KEEP_ALL
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, recompute
         self.first_expert = expert_rank * config.experts_per_rank
         model = config.model
         self.model = Backbone()
@@ -80,6 +86,7 @@ class LanguageModel(nn.Module):
                 self.lm_head = Linear(model.hidden_size, config.vocab_size)
             for index in range(min(self.num_depths, 1) if config.mtp.share_depths else self.num_depths):
                 self.model.layers[str(model.num_layers + index)] = MtpModule(config, is_moe=config.mtp_is_moe)
+        attach_recompute(self, recompute)
         self.holds_replica = holds_head and EMBED not in units and hasattr(self.model, "embed_tokens")
 
     @property
@@ -128,7 +135,9 @@ class LanguageModel(nn.Module):
         _, layer, half = unit.split(".")
         block = self.model.layers[layer]
         assert isinstance(block, DecoderLayer)
-        return block.attention_half(hidden, batch.context) if half == "attention" else block.feed_forward_half(hidden)
+        if half == "attention":
+            return self._whole(block.attention_half, hidden, batch.context)
+        return self._whole(block.feed_forward_half, hidden)
 
     def head_inputs(self, hidden_BTD: Tensor, batch: MicroBatch) -> list[Tensor]:
         """Inputs of the output head, D+1 tensors [B, T, D]: the trunk's normed hidden state, then each MTP depth's."""
@@ -136,9 +145,20 @@ class LanguageModel(nn.Module):
         previous = normed if self.config.mtp.hidden == "post_norm" else hidden_BTD
         inputs = [normed]
         for depth in range(1, self.num_depths + 1):
-            previous = self.mtp_module(depth)(previous, self.embed(batch, shift=depth), batch.context)
+            previous = self._whole(self._mtp_hidden, previous, depth, batch)
             inputs.append(previous)
         return inputs
+
+    def _mtp_hidden(self, previous_BTD: Tensor, depth: int, batch: MicroBatch) -> Tensor:
+        hidden: Tensor = self.mtp_module(depth)(previous_BTD, self.embed(batch, shift=depth), batch.context)
+        return hidden
+
+    def _whole(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """A half of a layer, or an MTP module: what ``recompute.units`` computes again as a whole.
+
+        Never the loss, which leaves gradients behind in its forward.
+        """
+        return checkpointed(function, *args) if self.recompute.units else function(*args)
 
     def run_head(
         self, hidden_BTD: Tensor, batch: MicroBatch, *, accumulate_in_forward: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def fit(value: float | None, width: int, decimals: int) -> str:
@@ -57,3 +58,14 @@ def duration(seconds: float | None) -> str:
     if total < 86400:
         return f"{total // 3600}h{total % 3600 // 60:02d}m"
     return f"{total // 86400}d{total % 86400 // 3600:02d}h"
+
+
+def span(names: Sequence[str]) -> str:
+    """First and last of names in order, such as the units of a stage.
+
+    >>> span(["embed", "layers.0.attention", "layers.0.feed_forward"]), span(["head"]), span([])
+    ('embed .. layers.0.feed_forward', 'head', 'nothing')
+    """
+    if not names:
+        return "nothing"
+    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"

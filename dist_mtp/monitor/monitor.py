@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_mtp.config import Config, to_dict
 from dist_mtp.monitor.console import Console
 from dist_mtp.monitor.expert_loads import EXPERT_LOADS, ExpertLoadsFile
+from dist_mtp.monitor.formatting import span
 from dist_mtp.monitor.metrics import METRICS, MetricsFile, read_metrics
 from dist_mtp.monitor.plan_files import PICTURE, write_plan
 from dist_mtp.monitor.report import final_report, median_tokens_per_s, parameter_table
@@ -190,10 +191,7 @@ class RunMonitor(Monitor):
 def _describe(config: Config, plan: Plan, corpus_info: Mapping[str, Any]) -> list[str]:
     """What this run is: data, parallelism, stages and parameters."""
     splits = corpus_info["splits"]
-    stages = [
-        f"  stage {s.index} on rank {s.rank}: {s.unit_names[0]} .. {s.unit_names[-1]} ({len(s.units)} units)"
-        for s in plan.stages
-    ]
+    stages = [f"  stage {s.index} on rank {s.rank}: {span(s.unit_names)} ({len(s.units)} units)" for s in plan.stages]
     sharing = f", experts shared by {config.parallel.ep}" if config.parallel.ep > 1 else ""
     return [
         f"run {config.run_name}: model {config.model.name}, MTP depth {config.mtp.depth}, precision {config.precision.name}",

@@ -11,6 +11,7 @@ from dist_mtp.pipeline import sizes
 from dist_mtp.pipeline.devices import DeviceProfile
 from dist_mtp.pipeline.saved import TILE, bytes_per_element
 from dist_mtp.pipeline.sizes import BlockSize
+from dist_mtp.recompute import KEEP_ALL, Recompute
 
 UnitKind = Literal["embedding", "attention", "dense_ffn", "moe_ffn", "head"]
 
@@ -33,7 +34,7 @@ class UnitCost:
     time_f: float = 0.0
     """Forward of one microbatch, seconds."""
     time_i: float = 0.0
-    """Input gradient of one microbatch, seconds."""
+    """Input gradient of one microbatch, with what is computed again for it, seconds."""
     time_w: float = 0.0
     """Weight gradient of one microbatch, seconds."""
     params: int = 0
@@ -46,6 +47,10 @@ class UnitCost:
     """Leave the rank for experts on other ranks, or on the way back from its own, per microbatch, forward and backward."""
     fp8_params: int = 0
     """Those of ``params`` that belong to linear layers and experts."""
+    deferred_bytes: int = 0
+    """Held per microbatch from the end of its input gradient until its weight gradient; no part of ``activation_bytes``."""
+    recompute_bytes: int = 0
+    """Beside ``activation_bytes`` while one unit (of the head one MTP module) recomputes what it did not keep; an upper bound."""
 
     @property
     def time(self) -> float:
@@ -64,41 +69,56 @@ def list_units(config: Config) -> tuple[Unit, ...]:
     return tuple(units)
 
 
-def unit_costs(config: Config, profile: DeviceProfile) -> tuple[UnitCost, ...]:
+def unit_costs(config: Config, profile: DeviceProfile, recompute: Recompute | None = None) -> tuple[UnitCost, ...]:
     """Cost of each unit of :func:`list_units`, for microbatches of ``train.micro_batch_size`` rows of T positions.
 
     Experts are taken to get equally many tokens. A MoE layer waits for two all-to-alls in the forward, dispatch and combine,
     and for their reverse in the input gradient: in both one towards the experts and one back. Nothing is taken to overlap
     with them. Under ``precision=fp8`` all linear layers and experts multiply at the device's FP8 speed, those of
     ``precision.fp8_keep_bf16`` included; attention's core, routers and the heads do not.
+
+    Recomputation takes place in the input gradient. That of norms and SwiGLU multiplies no matrices and is taken to be free;
+    whole units take their forward once more, with its all-to-alls.
+
+    Args:
+        recompute: None takes what ``pipeline.recompute`` names.
     """
+    recompute = config.recompute if recompute is None else recompute
     tokens, ep = config.train.micro_batch_size * config.train.seq_len, config.parallel.ep
     seconds_per_flop = tokens / profile.flops_per_s
     fp8_seconds_per_flop = tokens / profile.fp8_flops_per_s if config.precision.name == "fp8" else seconds_per_flop
     exchanged = exchange_bytes(config)
     exchange_seconds = sum(profile.all_to_all_seconds(num_bytes, ep, config.world_size) for num_bytes in exchanged)
     costs = []
-    for size in _unit_sizes(config):
+    for unit, size, whole in zip(list_units(config), _unit_sizes(config, recompute), _unit_sizes(config), strict=True):
         weights = (size.weight_flops - size.fp8_flops) * seconds_per_flop + size.fp8_flops * fp8_seconds_per_flop
+        core = size.core_flops * seconds_per_flop
         exchanges = size.moe_layers * exchange_seconds
         elsewhere = size.expert_params - size.expert_params // ep
+        repeats = recompute.units and unit.kind != "embedding"
+        again = size.up_flops * fp8_seconds_per_flop if recompute.mla_up else 0.0
+        if repeats:
+            again = weights + core + exchanges
+        regions = config.mtp.depth if unit.kind == "head" else 1
         costs.append(
             UnitCost(
-                time_f=weights + (size.core_flops + 3 * size.loss_flops) * seconds_per_flop + exchanges,
-                time_i=weights + 2 * size.core_flops * seconds_per_flop + exchanges,
+                time_f=weights + core + 3 * size.loss_flops * seconds_per_flop + exchanges,
+                time_i=weights + 2 * core + exchanges + again,
                 time_w=weights,
                 params=size.params - elsewhere,
                 activation_bytes=int(size.saved_bytes * tokens),
                 expert_params=size.expert_params // ep,
-                all_to_all_bytes=2 * size.moe_layers * sum(exchanged),
+                all_to_all_bytes=(3 if repeats else 2) * size.moe_layers * sum(exchanged),
                 fp8_params=size.fp8_params - elsewhere,
+                deferred_bytes=int(size.deferred_bytes * tokens),
+                recompute_bytes=int((whole.saved_bytes - size.saved_bytes) * tokens / max(regions, 1)),
             )
         )
     return tuple(costs)
 
 
 def total_cost(costs: Iterable[UnitCost]) -> UnitCost:
-    """Sum of units that run one after the other on one rank."""
+    """Sum of units that run one after the other on one rank; they recompute one at a time."""
     total = UnitCost()
     for cost in costs:
         total = UnitCost(
@@ -110,6 +130,8 @@ def total_cost(costs: Iterable[UnitCost]) -> UnitCost:
             total.expert_params + cost.expert_params,
             total.all_to_all_bytes + cost.all_to_all_bytes,
             total.fp8_params + cost.fp8_params,
+            total.deferred_bytes + cost.deferred_bytes,
+            max(total.recompute_bytes, cost.recompute_bytes),
         )
     return total
 
@@ -138,7 +160,7 @@ def flops_per_token(config: Config) -> float:
     """Model FLOPs of forward and backward per trained token, the numerator of MFU.
 
     Three times the forward's matrix multiplications, attention counted causally (PaLM, arXiv 2204.02311, appendix B,
-    with half of its attention term). DeepSeek-V3 at T=4096: 250.4e9 with D=0, 260.6e9 with D=1.
+    with half of its attention term). Recomputation is no part of it. DeepSeek-V3 at T=4096: 250.4e9 with D=0, 260.6e9 with D=1.
     """
     # The lookup stands in the sizes only to keep its stage's time above zero.
     return sum(3 * (size.weight_flops + size.core_flops + size.loss_flops) for size in _unit_sizes(config)[1:])
@@ -154,11 +176,11 @@ def unit_parameters(config: Config) -> tuple[int, ...]:
     return tuple(size.params for size in _unit_sizes(config))
 
 
-def _unit_sizes(config: Config) -> list[BlockSize]:
+def _unit_sizes(config: Config, recompute: Recompute = KEEP_ALL) -> list[BlockSize]:
     """Size of each unit of :func:`list_units`."""
     halves = [
         half
         for layer in range(config.model.num_layers)
-        for half in (sizes.attention_half(config), sizes.feed_forward_half(config, layer))
+        for half in (sizes.attention_half(config, recompute), sizes.feed_forward_half(config, layer, recompute))
     ]
-    return [sizes.embedding(config), *halves, sizes.head(config)]
+    return [sizes.embedding(config), *halves, sizes.head(config, recompute)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dist_mtp.config import Config
 
 
@@ -15,9 +17,14 @@ def stage_ranks(config: Config) -> tuple[int, ...]:
         rank 1   stage 1   stage 4
         rank 2   stage 2   stage 3
 
-    ``last``: stage s on rank s; under ``interleaved_1f1b`` the stages go round the ranks, s on s % P.
+    ``last``: the stages go round the ranks, s on s % P; under ``1f1b`` and ``gpipe`` there is one for each rank.
     """
     ranks = tuple(range(config.parallel.pp))
     if config.pipeline.placement == "v":
         return ranks + ranks[::-1]
     return ranks * (config.num_stages // len(ranks))
+
+
+def embedding_has_two_copies(config: Config, stage_to_rank: Sequence[int]) -> bool:
+    """MTP modules and a tied head need it where the last stage is; a rank that holds both stages has one copy for both."""
+    return (config.mtp.depth > 0 or config.model.tie_word_embeddings) and stage_to_rank[-1] != stage_to_rank[0]

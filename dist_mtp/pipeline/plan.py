@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,20 +10,18 @@ from typing import Any
 from dist_mtp.config import Config
 from dist_mtp.pipeline import schedules
 from dist_mtp.pipeline.bounds import Bound, balance_bound, balanced_ranks, ramp_bound
-from dist_mtp.pipeline.costs import UnitCost, list_units, message_bytes, total_cost, unit_costs, unit_parameters
+from dist_mtp.pipeline.choice import Choice, choose, stage_costs
+from dist_mtp.pipeline.costs import UnitCost, list_units, message_bytes, total_cost, unit_parameters
 from dist_mtp.pipeline.devices import DeviceProfile, resolve_profile
 from dist_mtp.pipeline.experts import ExpertPlan, place_experts
 from dist_mtp.pipeline.lowering import lower
 from dist_mtp.pipeline.memory import GRADIENT_BYTES, RankMemory, rank_memory
 from dist_mtp.pipeline.node_traffic import Traffic, data_traffic, embedding_traffic, expert_traffic, pipeline_traffic
 from dist_mtp.pipeline.nodes import NodePlan, on_nodes, place_on_nodes, placement_warnings, ranks_per_node
-from dist_mtp.pipeline.partition import Partition, partition
-from dist_mtp.pipeline.placement import stage_ranks
-from dist_mtp.pipeline.simulate import Timeline, simulate
+from dist_mtp.pipeline.placement import embedding_has_two_copies, stage_ranks
+from dist_mtp.pipeline.simulate import Timeline
 from dist_mtp.pipeline.table import Table, check_complete
-
-_SLACKS = (0.0, 0.01, 0.02, 0.05, 0.1)
-"""How much slower than the least possible the slowest rank may be in the partitions that ``layout=auto`` compares."""
+from dist_mtp.recompute import Recompute
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,9 @@ class Plan:
     ep: int
     placement: str
     schedule: str
+    origin: str
+    """Of the table: the registered schedule, or how ``planned`` made it (``planned.py``)."""
+    recompute: Recompute
     micro_batches: int
     stage_to_rank: tuple[int, ...]
     stages: tuple[StagePlan, ...]
@@ -71,6 +73,12 @@ class Plan:
     ``parallel.ep`` is 1."""
     node_warnings: tuple[str, ...]
     """What crosses nodes and need not, with the values that would fit."""
+    message_bytes: int
+    """Of one microbatch between two stages on different ranks, in each direction."""
+    memory_limit: float | None
+    """Bytes of a rank; None where memory is not limited."""
+    warnings: tuple[str, ...]
+    """What the user should know about memory, balance and layout, with what would help."""
 
     @property
     def num_stages(self) -> int:
@@ -79,6 +87,15 @@ class Plan:
     def stages_of(self, rank: int) -> tuple[StagePlan, ...]:
         """The rank's stages, in pipeline order."""
         return tuple(stage for stage in self.stages if stage.rank == rank)
+
+    def edge_bytes(self) -> dict[tuple[int, int], int]:
+        """Bytes that a step sends between each pair of neighbouring ranks (lower, higher), both ways together."""
+        edges: dict[tuple[int, int], int] = {}
+        for left, right in itertools.pairwise(self.stage_to_rank):
+            if left != right:
+                edge = (min(left, right), max(left, right))
+                edges[edge] = edges.get(edge, 0) + 2 * self.micro_batches * self.message_bytes
+        return edges
 
     def forward_only(self, micro_batches: int) -> Table:
         """Lowered table of an evaluation with any number of microbatches."""
@@ -97,6 +114,8 @@ class Plan:
             "ep": self.ep,
             "placement": self.placement,
             "schedule": self.schedule,
+            "origin": self.origin,
+            "recompute": str(self.recompute),
             "micro_batches": self.micro_batches,
             "stages": [
                 {
@@ -114,10 +133,14 @@ class Plan:
                 "step_time": self.timeline.step_time,
                 "bubble": self.timeline.bubble,
                 "peak_activation_bytes": list(self.timeline.peak_activation_bytes),
+                "busy": list(self.timeline.busy),
             },
             "bound": {"balance": self.bound.balance, "ramp": self.bound.ramp},
             "experts": None if self.experts is None else self.experts.to_json(),
             "ranks": [asdict(rank) for rank in self.ranks],
+            "edges": [{"ranks": list(edge), "bytes_per_step": sent} for edge, sent in self.edge_bytes().items()],
+            "memory_limit": self.memory_limit,
+            "warnings": list(self.warnings),
             "nodes": {
                 **self.nodes.to_json(),
                 "traffic": {traffic.kind: traffic.to_json() for traffic in self.traffic},
@@ -129,30 +152,23 @@ class Plan:
 def make_plan(config: Config, cuda_device_name: str | None = None) -> Plan:
     """Plan a run. A pure function: all ranks compute the same plan from the same configuration.
 
-    With ``pipeline.layout=auto`` a few partitions, from the one with the fastest slowest rank to ones with more even
-    stages, are simulated under the schedule, and the one with the shortest step wins.
+    What is open in the configuration (order of actions, partition, recomputation) is decided by
+    :func:`~dist_mtp.pipeline.choice.choose`.
 
     Args:
         config: with ``model.vocab_size`` resolved.
         cuda_device_name: GPU name for ``pipeline.device_profile=auto``; None plans for the CPU.
 
     Raises:
-        ConfigError: unknown device profile, too few units, or a layout that does not fit.
+        ConfigError: unknown device profile, too few units, a layout that does not fit, or more than ``pipeline.memory_gb``.
     """
     profile = on_nodes(resolve_profile(config.pipeline.device_profile, cuda_device_name), config)
     stage_to_rank = stage_ranks(config)
-    table = schedules.build(config.pipeline.schedule, config.parallel.pp, stage_to_rank, config.train.micro_batches)
-    check_complete(table, len(stage_to_rank), config.train.micro_batches, stage_to_rank)
-
-    costs = unit_costs(config, profile)
     message_seconds = profile.message_seconds(message_bytes(config))
-    layout = config.pipeline.layout
-    slacks = _SLACKS if layout == "auto" else (0.0,)
-    # A dict, as several slacks often lead to one partition; ordered, so that ties go to the smallest slack.
-    candidates = dict.fromkeys(partition(costs, stage_to_rank, layout, slack) for slack in slacks)
-    simulated = [(simulate(table, _stage_costs(costs, cut), stage_to_rank, message_seconds), cut) for cut in candidates]
-    timeline, chosen = min(simulated, key=lambda pair: pair[0].step_time)
-    stages = _stage_plans(config, costs, stage_to_rank, chosen)
+    choice = choose(config, profile, message_seconds)
+    table, costs, timeline = choice.table, choice.costs, choice.timeline
+    check_complete(table, len(stage_to_rank), config.train.micro_batches, stage_to_rank)
+    stages = _stage_plans(config, choice, stage_to_rank)
     rank_costs = [
         total_cost(stage.cost for stage in stages if stage.rank == rank) for rank in range(config.parallel.pp)
     ]
@@ -169,6 +185,8 @@ def make_plan(config: Config, cuda_device_name: str | None = None) -> Plan:
         ep=config.parallel.ep,
         placement=config.pipeline.placement,
         schedule=config.pipeline.schedule,
+        origin=choice.origin,
+        recompute=choice.recompute,
         micro_batches=config.train.micro_batches,
         stage_to_rank=stage_to_rank,
         stages=stages,
@@ -177,7 +195,7 @@ def make_plan(config: Config, cuda_device_name: str | None = None) -> Plan:
         timeline=timeline,
         bound=Bound(
             balance=balance_bound(costs, config.parallel.pp, config.pipeline.placement),
-            ramp=ramp_bound(table, _stage_costs(costs, chosen), stage_to_rank, message_seconds),
+            ramp=ramp_bound(table, stage_costs(costs, choice.cut), stage_to_rank, message_seconds),
         ),
         balanced_ranks=balanced_ranks(costs, config.pipeline.placement),
         profile=profile,
@@ -186,6 +204,9 @@ def make_plan(config: Config, cuda_device_name: str | None = None) -> Plan:
         nodes=nodes,
         traffic=_traffic(config, nodes, stage_to_rank, ranks, experts),
         node_warnings=tuple(placement_warnings(nodes, config.model.n_routed_experts)),
+        message_bytes=message_bytes(config),
+        memory_limit=choice.memory_limit,
+        warnings=tuple(_warnings(config, choice, ranks)),
     )
 
 
@@ -198,7 +219,7 @@ def _traffic(
 ) -> tuple[Traffic, ...]:
     hidden_bytes = config.train.micro_batches * message_bytes(config)
     kinds = [pipeline_traffic(nodes, stage_to_rank, hidden_bytes)]
-    if _embedding_has_two_copies(config, stage_to_rank):
+    if embedding_has_two_copies(config, stage_to_rank):
         kinds.append(embedding_traffic(nodes, GRADIENT_BYTES * unit_parameters(config)[0]))
     kinds.append(data_traffic(nodes, ranks))
     if experts is not None:
@@ -206,29 +227,43 @@ def _traffic(
     return tuple(kinds)
 
 
-def _embedding_has_two_copies(config: Config, stage_to_rank: Sequence[int]) -> bool:
-    """MTP modules and a tied head need it where the last stage is; a rank that holds both stages has one copy for both."""
-    return (config.mtp.depth > 0 or config.model.tie_word_embeddings) and stage_to_rank[-1] != stage_to_rank[0]
+def _warnings(config: Config, choice: Choice, ranks: Sequence[RankMemory]) -> list[str]:
+    warnings = list(choice.notes)
+    pp, suits = config.parallel.pp, balanced_ranks(choice.costs, config.pipeline.placement)
+    if pp > suits:
+        warnings.append(
+            f"the rank with the head is slower than the mean from parallel.pp={suits + 1} on: parallel.pp={suits} with more "
+            "data parallelism suits this model better"
+        )
+    if choice.is_squeezed and config.pipeline.recompute != "auto":
+        warnings.append(
+            "memory keeps ranks from holding as many microbatches as the schedule could use: pipeline.recompute=auto compares what "
+            "recomputation would make of it"
+        )
+    if not choice.fits:
+        assert choice.memory_limit is not None
+        fullest = max(ranks, key=lambda rank: rank.total_bytes)
+        helps = "raise parallel.pp or parallel.ep, or lower train.micro_batch_size"
+        if config.pipeline.recompute != "auto":
+            helps = f"set pipeline.recompute=auto, {helps}"
+        warnings.append(
+            f"rank {fullest.rank} needs {fullest.total_bytes / 1e9:.4g} GB, more than the {choice.memory_limit / 1e9:.4g} GB "
+            f"that a plan should leave of the device: {helps}; pipeline.memory_gb makes it an error"
+        )
+    return warnings
 
 
-def _stage_costs(costs: Sequence[UnitCost], cut: Partition) -> list[UnitCost]:
-    return [total_cost(costs[unit] for unit in units) for units in cut]
-
-
-def _stage_plans(
-    config: Config, costs: Sequence[UnitCost], stage_to_rank: Sequence[int], cut: Partition
-) -> tuple[StagePlan, ...]:
-    units = list_units(config)
-    stage_costs = _stage_costs(costs, cut)
-    if _embedding_has_two_copies(config, stage_to_rank):
-        stage_costs[-1] = total_cost([stage_costs[-1], UnitCost(params=costs[0].params)])
+def _stage_plans(config: Config, choice: Choice, stage_to_rank: Sequence[int]) -> tuple[StagePlan, ...]:
+    units, costs = list_units(config), stage_costs(choice.costs, choice.cut)
+    if embedding_has_two_copies(config, stage_to_rank):
+        costs[-1] = total_cost([costs[-1], UnitCost(params=choice.costs[0].params)])
     return tuple(
         StagePlan(
             index=index,
             rank=stage_to_rank[index],
             units=indices,
             unit_names=tuple(units[unit].name for unit in indices),
-            cost=stage_costs[index],
+            cost=costs[index],
         )
-        for index, indices in enumerate(cut)
+        for index, indices in enumerate(choice.cut)
     )

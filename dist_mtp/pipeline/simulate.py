@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_mtp.pipeline.costs import UnitCost
-from dist_mtp.pipeline.lowering import inputs_ready
 from dist_mtp.pipeline.table import Action, Kind, Table
 
 
@@ -31,7 +30,7 @@ class Timeline:
     busy: tuple[float, ...]
     """Seconds of computation, per rank."""
     peak_activation_bytes: tuple[int, ...]
-    """Most bytes of saved activations at any time, per rank."""
+    """Most bytes of saved activations at any time, per rank; with those that exist while a unit recomputes."""
 
     @property
     def bubble(self) -> float:
@@ -46,8 +45,8 @@ def simulate(
 
     A rank runs its actions in order, each as soon as its inputs are there: F after the previous stage's F, I and B
     after the next stage's I or B (the last stage's after its own F), W after its I. Inputs from another rank arrive
-    ``message_seconds`` after they were computed; sending and receiving occupy nobody. Activations live from the start of
-    F to the end of B or W: I frees nothing, as the weight gradients still need the saved inputs.
+    ``message_seconds`` after they were computed; sending and receiving occupy nobody. A microbatch holds a stage's
+    ``activation_bytes`` from the start of F to the end of I or B, and from there its ``deferred_bytes`` to the end of W.
 
     Args:
         table: lowered or not; communication actions are skipped.
@@ -58,62 +57,85 @@ def simulate(
     Raises:
         ValueError: the table cannot progress.
     """
-    num_stages = len(stage_to_rank)
+    last = len(stage_to_rank) - 1
     lines = [[action for action in actions if action.kind.is_compute] for actions in table]
+    seconds = {
+        kind: [_duration(kind, cost) for cost in stage_costs] for kind in (Kind.F, Kind.I, Kind.W, Kind.B)
+    }  # kind -> per stage
+    # When a stage's F and its I or B end, by microbatch. The loop below is what plans of large pipelines spend their time in.
+    forward_end: list[dict[int, float]] = [{} for _ in stage_to_rank]
+    input_end: list[dict[int, float]] = [{} for _ in stage_to_rank]
     events: list[list[Event]] = [[] for _ in lines]
-    end: dict[Action, float] = {}
+    now = [0.0] * len(lines)
 
     progress = True
     while progress:
         progress = False
         for rank, line in enumerate(lines):
-            while len(events[rank]) < len(line):
-                action = line[len(events[rank])]
-                if not inputs_ready(action, end, num_stages):
+            done = events[rank]
+            for action in line[len(done) :]:
+                kind, stage, microbatch = action.kind, action.stage, action.microbatch
+                ready: float | None = 0.0
+                if kind is Kind.F:
+                    source = stage - 1
+                    if stage > 0:
+                        ready = forward_end[source].get(microbatch)
+                elif kind is Kind.W:
+                    source = stage
+                    ready = input_end[stage].get(microbatch)
+                elif stage == last or microbatch not in forward_end[stage]:
+                    source = stage
+                    ready = forward_end[stage].get(microbatch)
+                else:
+                    source = stage + 1
+                    ready = input_end[source].get(microbatch)
+                if ready is None:
                     break
-                start = events[rank][-1].end if events[rank] else 0.0
-                source = _remote_input(action, end, stage_to_rank)
-                if source is not None:
-                    start = max(start, end[source] + message_seconds)
-                end[action] = start + _duration(action, stage_costs[action.stage])
-                events[rank].append(Event(rank, action, start, end[action]))
+                if stage_to_rank[source] != rank and source >= 0:
+                    ready += message_seconds
+                start = max(now[rank], ready)
+                end = start + seconds[kind][stage]
+                if kind is Kind.F:
+                    forward_end[stage][microbatch] = end
+                elif kind is not Kind.W:
+                    input_end[stage][microbatch] = end
+                now[rank] = end
+                done.append(Event(rank, action, start, end))
                 progress = True
     if any(len(events[rank]) < len(line) for rank, line in enumerate(lines)):
         raise ValueError("the schedule cannot progress; lower() names the actions it is stuck at")
 
     return Timeline(
         events=tuple(event for line in events for event in line),
-        step_time=max(line[-1].end for line in events),
-        busy=tuple(sum(event.end - event.start for event in line) for line in events),
-        peak_activation_bytes=tuple(_peak_activations(line, stage_costs) for line in lines),
+        step_time=max(now),
+        busy=tuple(sum(seconds[action.kind][action.stage] for action in line) for line in lines),
+        peak_activation_bytes=peak_activations(table, stage_costs),
     )
 
 
-def _remote_input(action: Action, end: dict[Action, float], stage_to_rank: Sequence[int]) -> Action | None:
-    """The action of another rank whose result ``action`` needs, if any."""
-    if action.kind is Kind.W:
-        return None
-    step = -1 if action.kind is Kind.F else 1
-    neighbour = action.stage + step
-    if not 0 <= neighbour < len(stage_to_rank) or stage_to_rank[neighbour] == stage_to_rank[action.stage]:
-        return None
-    kinds = (Kind.F,) if action.kind is Kind.F else (Kind.I, Kind.B)
-    sources = (Action(kind, neighbour, action.microbatch) for kind in kinds)
-    return next(source for source in sources if source in end)
-
-
-def _duration(action: Action, cost: UnitCost) -> float:
-    if action.kind is Kind.B:
+def _duration(kind: Kind, cost: UnitCost) -> float:
+    if kind is Kind.B:
         return cost.time_i + cost.time_w
-    return {Kind.F: cost.time_f, Kind.I: cost.time_i, Kind.W: cost.time_w}[action.kind]
+    return {Kind.F: cost.time_f, Kind.I: cost.time_i, Kind.W: cost.time_w}[kind]
 
 
-def _peak_activations(line: Sequence[Action], stage_costs: Sequence[UnitCost]) -> int:
+def peak_activations(table: Table, stage_costs: Sequence[UnitCost]) -> tuple[int, ...]:
+    """Most bytes of saved activations on each rank, whatever the times; see :class:`Timeline`."""
+    return tuple(_peak([action for action in line if action.kind.is_compute], stage_costs) for line in table)
+
+
+def _peak(line: Sequence[Action], stage_costs: Sequence[UnitCost]) -> int:
+    """The largest recomputation of the rank counts at all times: which backward is under way at the peak is left open."""
     live = peak = 0
     for action in line:
+        cost = stage_costs[action.stage]
         if action.kind is Kind.F:
-            live += stage_costs[action.stage].activation_bytes
-            peak = max(peak, live)
-        elif action.kind in (Kind.W, Kind.B):
-            live -= stage_costs[action.stage].activation_bytes
-    return peak
+            live += cost.activation_bytes
+        elif action.kind is Kind.I:
+            live += cost.deferred_bytes - cost.activation_bytes
+        elif action.kind is Kind.W:
+            live -= cost.deferred_bytes
+        else:
+            live -= cost.activation_bytes
+        peak = max(peak, live)
+    return peak + max((stage_costs[action.stage].recompute_bytes for action in line), default=0)

@@ -18,7 +18,7 @@ class Stage:
     Args:
         index: virtual stage, 0-based.
         model: the rank's units.
-        units: names of this stage's units, in order.
+        units: names of this stage's units, in order. A stage without any hands hidden states on, and gradients back.
         collect_gradients: called after every action in which autograd leaves gradients on parameters.
     """
 

@@ -39,7 +39,8 @@ class _GroupedLinear(torch.autograd.Function):
         grad_y = grads[0].contiguous()  # the kernel refuses expanded gradients
         (x, ends), weight, layer = ctx.saved_tensors, ctx.weight, ctx.layer
         grad_x = rows_times_weights(grad_y, weight, ends) if ctx.needs_input_grad[0] else None
-        return grad_x, layer.deliver(weight, lambda: weight_grad(grad_y, x, ends)), None, None
+        x_rows = x.detach()  # without its graph, as in linear.py
+        return grad_x, layer.deliver(weight, lambda: weight_grad(grad_y, x_rows, ends)), None, None
 
 
 def rows_times_weights(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -55,5 +55,6 @@ class _Linear(torch.autograd.Function):
         (grad_y,) = grads
         (x,), weight, layer = ctx.saved_tensors, ctx.weight, ctx.layer
         grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
-        grad_rows, x_rows = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
+        # Detached: x knows its graph, which ends at the stage's input and would keep that until the closure has run.
+        grad_rows, x_rows = grad_y.reshape(-1, grad_y.shape[-1]), x.detach().reshape(-1, x.shape[-1])
         return grad_x, layer.deliver(weight, lambda: grad_rows.t() @ x_rows), None

@@ -18,6 +18,7 @@ from dist_mtp.cli.main import main
 from dist_mtp.config import Config, resolve
 from dist_mtp.linear_names import linear_names
 from dist_mtp.precision.fp8.emulated import EmulatedBackend
+from dist_mtp.recompute import RECOMPUTE_LEVELS
 from dist_mtp.run_folder import prepare_run_folder
 
 CPU = torch.device("cpu")
@@ -126,3 +127,15 @@ def test_repetitions_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     found = interleaved_medians(cases, CPU, budget_s=0.0, warm_up=1)
     assert "".join(calls) == "ab" * 4, calls
     assert found == {"a": 3.0, "b": 2.0}, found
+
+
+def test_recompute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table has every level, and the file its numbers."""
+    arguments = ["model=tiny", "model.v_head_dim=48", "train.seq_len=32", f"run.dir={tmp_path}", "device=cpu"]
+    assert main(["bench", "recompute", *arguments]) == 0
+    output = capsys.readouterr().out
+    found = json.loads((tmp_path / "bench" / "recompute.json").read_text())
+    for half, levels in found["kept"].items():
+        assert list(levels) == [str(level) for level in RECOMPUTE_LEVELS]
+        for level, kept in levels.items():
+            assert f"{kept['measured']:,.0f} ({kept['planned']:,.0f})" in output, f"{half}, {level}: {output}"

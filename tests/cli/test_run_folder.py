@@ -43,6 +43,7 @@ class TestContinue:
             {"optim": {"lr": 1e-4}},
             {"parallel": {"pp": 1}},
             {"pipeline": {"schedule": "gpipe"}},
+            {"pipeline": {"unit_times": {"attention": [1e-5, 2.5e-3, 1 / 3]}}},
             {"mtp": {"loss_weight": 0.1}},
             {"mtp": {"loss_weight_steps": [[5, 0.1]]}},
         ],

@@ -100,6 +100,12 @@ class TestOverrides:
         layout = compose([f"pipeline.layout={spelling}"]).pipeline.layout
         assert layout == "2,3,3,2", f"pipeline.layout={spelling} became {layout!r}"
 
+    @pytest.mark.parametrize("layout", ["Et*3|(tt|)*29,m|L", "(Et|)*1t L", "EttL"])
+    @pytest.mark.parametrize("quote", ["", "'"])
+    def test_layout_string_needs_no_quotes_but_the_shells(self, layout: str, quote: str) -> None:
+        found = compose([f"pipeline.layout={quote}{layout}{quote}"]).pipeline.layout
+        assert found == layout, f"{layout} became {found!r}"
+
     def test_section_as_a_mapping(self) -> None:
         config = compose(["train={steps: 3, seq_len: 32}"])
         got = (config.train.steps, config.train.seq_len, config.train.micro_batches)

@@ -101,10 +101,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         {"pipeline.schedule": "zbv", "pipeline.placement": "last"},
         ["pipeline.schedule=zbv", "pipeline.placement=last", "1f1b"],
     ),
-    ({"parallel.pp": 6}, ["parallel.pp=6", "12 pipeline units", "has 10", "model.num_layers to 5"]),
+    ({"parallel.pp": 10}, ["parallel.pp=10", "11 pipeline units", "has 10", "model.num_layers to 5"]),
     (
         {"pipeline.schedule": "dualpipev", "train.micro_batches": 3},
-        ["pipeline.schedule=dualpipev", "2*parallel.pp = 4", "got 3", "zbv"],
+        ["pipeline.schedule=dualpipev", "2*parallel.pp = 4", "got 3", "planned"],
     ),
     (
         {"pipeline.schedule": "interleaved_1f1b", "pipeline.placement": "last", "train.micro_batches": 5},
@@ -291,10 +291,10 @@ def _other(value: Any, hint: Any) -> Any:
     if isinstance(value, str):
         return value + "x"
     if isinstance(value, dict):
-        return {"x": 1}
+        return {"x": [1, 2, 3] if "tuple[float" in str(hint) else 1}
     if isinstance(value, list):
         return [[1, 1]] if "tuple[float" in str(hint) else [1]
-    return 7 if int in choices else "seven"  # null
+    return 7 if int in choices or float in choices else "seven"  # null
 
 
 class TestDerivedNumbers:

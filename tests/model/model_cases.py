@@ -15,6 +15,7 @@ from dist_mtp.model.loss import linear_cross_entropy
 from dist_mtp.model.naming import logical_tensors, routers
 from dist_mtp.model.targets import count_targets, loss_coefficients, shifted_targets
 from dist_mtp.model.transformer import EMBED, HEAD, LanguageModel, MicroBatch
+from dist_mtp.recompute import KEEP_ALL, Recompute
 
 SIZES = ModelConfig(
     name="test",
@@ -55,9 +56,11 @@ def unit_names(config: Config) -> list[str]:
     return [EMBED, *halves, HEAD]
 
 
-def build(config: Config, seed: int = 1, units: list[str] | None = None) -> LanguageModel:
+def build(
+    config: Config, seed: int = 1, units: list[str] | None = None, recompute: Recompute = KEEP_ALL
+) -> LanguageModel:
     """A model of all units (or of ``units``) with initial weights."""
-    model = LanguageModel(config, set(units or unit_names(config)))
+    model = LanguageModel(config, set(units or unit_names(config)), recompute=recompute)
     initialize(model, seed=seed, std=config.model.initializer_range)
     return model
 

@@ -38,6 +38,8 @@ from support.worlds import (
     DENSE_RANK,
     DENSE_RANK_LAYOUTS,
     DENSE_RANK_VARIANTS,
+    EMPTY_STAGE,
+    EMPTY_STAGE_LAYOUTS,
     EVALUATED,
     EVALUATED_LAYOUTS,
     EXPERT_VARIANTS,
@@ -45,6 +47,8 @@ from support.worlds import (
     FOUR_RANK_VARIANTS,
     MASTER_LAYOUTS,
     ODD_MICROBATCHES,
+    RECOMPUTED,
+    RECOMPUTED_LAYOUTS,
     SPECIAL_LAYOUTS,
     SPECIAL_VARIANTS,
     TINY_STEPS,
@@ -110,6 +114,15 @@ class TestEqualTraining:
     @pytest.mark.parametrize("variant", SPECIAL_VARIANTS, ids=str)
     def test_special_models(self, folder: Path, layout: Layout, variant: Variant) -> None:
         assert_equal_training(folder, layout, variant)
+
+    @pytest.mark.parametrize("layout", EMPTY_STAGE_LAYOUTS, ids=str)
+    def test_empty_stage(self, folder: Path, layout: Layout) -> None:
+        assert_equal_training(folder, layout, EMPTY_STAGE, reference=Variant(1))
+
+    @pytest.mark.parametrize("layout", RECOMPUTED_LAYOUTS, ids=str)
+    @pytest.mark.parametrize("variant", RECOMPUTED, ids=str)
+    def test_recompute(self, folder: Path, layout: Layout, variant: Variant) -> None:
+        assert_equal_training(folder, layout, variant, reference=Variant(2))
 
     def test_runs_differ_when_they_should(self, folder: Path) -> None:
         """The comparison can fail: the same tensors and batches, but MTP reads the hidden states before the final norm."""

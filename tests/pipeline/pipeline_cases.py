@@ -32,7 +32,7 @@ DEEPSEEK_V3 = ModelConfig(
 )
 
 
-def v3_config(depth: int = 1, pp: int = 8, micro_batches: int = 32, **pipeline: str) -> Config:
+def v3_config(depth: int = 1, pp: int = 8, micro_batches: int = 32, **pipeline: str | float) -> Config:
     """DeepSeek-V3 with D MTP modules on H100s, T = 4096, one row per microbatch."""
     return Config(
         model=DEEPSEEK_V3,
@@ -75,4 +75,6 @@ def all_tables(max_ranks: int, max_micro_batches: int) -> Iterator[tuple[str, Ta
 
 
 def equal_stages(count: int, f: float = 1.0, i: float = 1.0, w: float = 1.0) -> list[UnitCost]:
-    return [UnitCost(time_f=f, time_i=i, time_w=w, params=1, activation_bytes=1) for _ in range(count)]
+    return [
+        UnitCost(time_f=f, time_i=i, time_w=w, params=1, activation_bytes=1, deferred_bytes=1) for _ in range(count)
+    ]

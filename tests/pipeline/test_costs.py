@@ -19,6 +19,7 @@ from dist_mtp.pipeline.costs import (
     unit_parameters,
 )
 from dist_mtp.pipeline.devices import PROFILES, resolve_profile
+from dist_mtp.recompute import RECOMPUTE_LEVELS, Recompute
 
 
 class TestDeepSeekV3:
@@ -160,6 +161,53 @@ class TestTimes:
 
 def expert_parallel(config: Config, ep: int, dp: int = 4, pp: int = 2) -> Config:
     return dataclasses.replace(config, parallel=ParallelConfig(pp=pp, dp=dp, ep=ep))
+
+
+class TestRecompute:
+    """Memory is bought with time in the input gradient, and with nothing else; model FLOPs stay what they are."""
+
+    def test_times(self) -> None:
+        """DeepSeek-V3's up-projections are 1536 x 24576 and 512 x 32768; whole units take their forward, but never the loss."""
+        config, profile = expert_parallel(v3_config(depth=2), ep=64, dp=128), PROFILES["h800"]
+        plain = unit_costs(config, profile)
+        up = 2 * (1536 * 24576 + 512 * 32768) * 4096 / profile.flops_per_s
+        ups = {"attention": 1, "head": 2}
+        losses = 3 * 2 * 3 * 7168 * 129280 * 4096 / profile.flops_per_s
+        for level in RECOMPUTE_LEVELS:
+            for unit, before, after in zip(list_units(config), plain, unit_costs(config, profile, level), strict=True):
+                expected = ups.get(unit.kind, 0) * up if level.mla_up else 0.0
+                if level.units and unit.kind != "embedding":
+                    expected = before.time_f - (losses if unit.kind == "head" else 0)
+                assert after.time_i - before.time_i == pytest.approx(expected, rel=1e-9, abs=1e-12), f"{level}, {unit}"
+                assert (after.time_f, after.time_w) == (before.time_f, before.time_w), f"{level}, {unit}"
+                exchanges = 3 / 2 if level.units else 1
+                assert after.all_to_all_bytes == exchanges * before.all_to_all_bytes, f"{level}, {unit}"
+
+    def test_each_level_keeps_less(self) -> None:
+        config = v3_config(depth=2)
+        kept = [total_cost(unit_costs(config, PROFILES["h800"], level)) for level in RECOMPUTE_LEVELS]
+        sizes_of_levels = [cost.activation_bytes for cost in kept]
+        assert sizes_of_levels == sorted(set(sizes_of_levels), reverse=True), sizes_of_levels
+        assert len({cost.deferred_bytes for cost in kept}) == 1, kept
+        assert kept[0].recompute_bytes == 0, kept[0]
+
+    def test_whole_units_come_back_one_at_a_time(self) -> None:
+        """Of the head one module of two: so the unit that makes the most again is one of the trunk's layers."""
+        config, full = v3_config(depth=2), Recompute(units=True)
+        plain, kept = unit_costs(config, PROFILES["h800"]), unit_costs(config, PROFILES["h800"], full)
+        for before, after in list(zip(plain, kept, strict=True))[1:-1]:
+            assert after.recompute_bytes == before.activation_bytes - after.activation_bytes, after
+        made = (plain[-1].activation_bytes - kept[-1].activation_bytes) // 2
+        assert kept[-1].recompute_bytes == made, f"{kept[-1].recompute_bytes} != {made}"
+        assert total_cost(kept).recompute_bytes == max(cost.recompute_bytes for cost in kept)
+
+    def test_the_key_decides_unless_told(self) -> None:
+        config = v3_config(depth=1)
+        config = dataclasses.replace(config, pipeline=dataclasses.replace(config.pipeline, recompute="norms+mla_up"))
+        profile = PROFILES["h800"]
+        assert unit_costs(config, profile) == unit_costs(config, profile, Recompute(norms=True, mla_up=True))
+        assert unit_costs(config, profile) != unit_costs(config, profile, Recompute())
+        assert flops_per_token(config) == flops_per_token(v3_config(depth=1))
 
 
 class TestExpertParallelism:

@@ -46,13 +46,24 @@ class TestJson:
             content = plan.to_json()
             assert json.loads(json.dumps(content)) == content, "not plain JSON"
             assert list(content) == [
-                *("pp", "dp", "ep", "placement", "schedule", "micro_batches", "stages", "predicted", "bound"),
-                *("experts", "ranks", "nodes"),
+                *(
+                    "pp",
+                    "dp",
+                    "ep",
+                    "placement",
+                    "schedule",
+                    "origin",
+                    "recompute",
+                    "micro_batches",
+                    "stages",
+                    "predicted",
+                ),
+                *("bound", "experts", "ranks", "edges", "memory_limit", "warnings", "nodes"),
             ]
             assert {tuple(stage) for stage in content["stages"]} == {
                 ("index", "rank", "units", "time_f", "time_i", "time_w", "params")
             }
-            assert list(content["predicted"]) == ["step_time", "bubble", "peak_activation_bytes"]
+            assert list(content["predicted"]) == ["step_time", "bubble", "peak_activation_bytes", "busy"]
             assert list(content["bound"]) == ["balance", "ramp"]
             assert content["experts"] is None, "nothing is shared with ep=1"
             assert [rank["rank"] for rank in content["ranks"]] == list(range(plan.pp))

@@ -84,7 +84,7 @@ def test_messages_delay_other_ranks_only() -> None:
 
 
 def test_activations_live_until_the_backward_is_complete() -> None:
-    """GPipe holds M microbatches, 1F1B P - r; I frees nothing, so a put-off W keeps its microbatch."""
+    """GPipe holds M microbatches, 1F1B P - r; a put-off W keeps what its I left."""
     costs = equal_stages(4)
     gpipe = simulate(schedules.gpipe(4, range(4), 6), costs, range(4)).peak_activation_bytes
     assert gpipe == (6, 6, 6, 6), gpipe
@@ -92,6 +92,9 @@ def test_activations_live_until_the_backward_is_complete() -> None:
     assert one_f_one_b == (4, 3, 2, 1), one_f_one_b
     put_off = [Action(kind, 0, m) for kind, m in ((Kind.F, 0), (Kind.I, 0), (Kind.F, 1), (Kind.W, 0), (Kind.B, 1))]
     assert simulate((tuple(put_off),), equal_stages(1), (0,)).peak_activation_bytes == (2,)
+    # 5 bytes from F to I, 2 from I to W, and 1 while something is computed again.
+    stage = UnitCost(time_f=1, time_i=1, time_w=1, activation_bytes=5, deferred_bytes=2, recompute_bytes=1)
+    assert simulate((tuple(put_off),), [stage], (0,)).peak_activation_bytes == (5 + 2 + 1,)
 
 
 def test_lowered_tables_take_as_long() -> None:

@@ -55,7 +55,13 @@ SPECIAL_VARIANTS = (
     Variant(1, extra=(("model.n_routed_experts", 0),)),
     Variant(1, extra=(("pipeline.layout", "uniform"),)),
 )
+RECOMPUTED = tuple(Variant(2, extra=(("pipeline.recompute", kind),)) for kind in ("norms+mla_up+swiglu", "full"))
+RECOMPUTED_LAYOUTS = (Layout("v", "zbv", 2), Layout("v", "zbv", 1, 2, 2))
+"""In the second one, whole layers with experts send their tokens once more."""
 SPECIAL_LAYOUTS = (Layout("v", "zbv", 2), Layout("last", "1f1b", 2))
+EMPTY_STAGE = Variant(1, extra=(("pipeline.layout", "4,0,3,5"),))
+"""One of four stages only passes hidden states on."""
+EMPTY_STAGE_LAYOUTS = (Layout("v", "zbv", 2), Layout("last", "interleaved_1f1b", 2))
 BF16 = (("precision.name", "bf16"),)
 BF16_VARIANTS = (Variant(2, extra=BF16), Variant(2, tied=True, extra=BF16))
 BF16_EXPERT_LAYOUTS = (Layout("v", "zbv", 1, 4, 2), Layout("last", "1f1b", 2, 2, 2))
@@ -145,6 +151,11 @@ def world_of_2(folder: Path) -> None:
             run_steps(make_config(folder, layout, variant))
         for variant in BF16_VARIANTS:
             _run_observed(folder, layout, variant)
+    for layout in EMPTY_STAGE_LAYOUTS:
+        run_steps(make_config(folder, layout, EMPTY_STAGE))
+    for layout in RECOMPUTED_LAYOUTS:
+        for variant in RECOMPUTED:
+            run_steps(make_config(folder, layout, variant))
     for layout in MASTER_LAYOUTS:
         _run_masters(folder, layout)
 

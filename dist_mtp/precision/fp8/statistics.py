@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_mtp.precision.fp8.tiles import E4M3_MAX, MIN_AMAX, TILE, Quantized
+from dist_mtp.precision.recomputation import is_recomputing
 
 KINDS = ("attention", "feed_forward", "shared_experts", "experts", "mtp_projection")
 ROLES = ("input", "weight", "grad")
@@ -45,8 +46,8 @@ class Fp8Statistics:
 
     @torch.no_grad()
     def observe(self, kind: str, role: str, x: Tensor, quantized: Quantized) -> None:
-        """x: what was quantised, of ``quantized.shape``."""
-        if not self.active or x.numel() == 0:
+        """x: what was quantised, of ``quantized.shape``. Recomputation is not counted again."""
+        if not self.active or is_recomputing() or x.numel() == 0:
             return
         # In pieces, because what is made of a value here takes ten times its own memory.
         sums = torch.stack([_count(exact, piece) for exact, piece in _pieces(x, quantized)]).sum(0)

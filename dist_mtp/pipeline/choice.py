@@ -1,0 +1,264 @@
+"""The choice of partition and table: what of all that is possible a run takes.
+
+A plan keeps to the memory of its devices where it can. Under ``pipeline.recompute=auto`` it recomputes what makes it fastest
+within that memory, which is nothing while everything fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dist_mtp.config import Config
+from dist_mtp.config_checks import micro_batch_problem
+from dist_mtp.pipeline import schedules
+from dist_mtp.pipeline.costs import UnitCost, total_cost, unit_parameters
+from dist_mtp.pipeline.devices import DeviceProfile
+from dist_mtp.pipeline.layout import read_layout
+from dist_mtp.pipeline.memory import rank_memory
+from dist_mtp.pipeline.memory_limit import DoesNotFit, MemoryLimit, in_flight_combinations
+from dist_mtp.pipeline.partition import Partition, partition, partition_candidates
+from dist_mtp.pipeline.placement import embedding_has_two_copies, stage_ranks
+from dist_mtp.pipeline.planned import Problem, search
+from dist_mtp.pipeline.simulate import Timeline, simulate
+from dist_mtp.pipeline.table import Table
+from dist_mtp.pipeline.unit_times import planned_costs
+from dist_mtp.recompute import RECOMPUTE_LEVELS, Recompute
+
+SLACKS = (0.0, 0.01, 0.02, 0.05, 0.1)
+"""How much slower than the least possible the slowest rank may be in the partitions that ``layout=auto`` compares."""
+_FEW_SLACKS = (0.02,)
+"""The same where a plan is made only to be compared."""
+_USABLE = 0.9
+"""Share of a device's memory that is planned with: the rest is for the moment's buffers and fragmentation."""
+_ACTIVATIONS = 1.1
+"""Activations of a rank under ``planned``, relative to those of the fullest rank under ``1f1b``."""
+_LEVEL_EFFORT = 0.03
+"""Of a search that only compares recompute levels."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is computed where, in which order, and what that is predicted to cost."""
+
+    recompute: Recompute
+    costs: tuple[UnitCost, ...]
+    """One per unit."""
+    cut: Partition
+    table: Table
+    timeline: Timeline
+    origin: str
+    """Of the table: a registered schedule, or how ``planned`` made it."""
+    memory_limit: float | None
+    """Bytes of a rank; None where memory is not limited."""
+    fits: bool
+    """Whether every rank keeps the limit."""
+    is_squeezed: bool
+    """Whether ``planned`` would hold more microbatches at once if there were more memory."""
+    notes: tuple[str, ...]
+    """What of ``pipeline.layout`` was not followed to the letter."""
+
+
+def choose(config: Config, profile: DeviceProfile, message_seconds: float, *, effort: float = 1.0) -> Choice:
+    """Choose for a configuration.
+
+    Args:
+        message_seconds: between neighbouring ranks.
+        effort: of ``planned``'s search, relative to that of a run.
+
+    Raises:
+        DoesNotFit: nothing fits into ``pipeline.memory_gb``.
+        ConfigError: too few units, a layout that does not fit the model, or bad measured times.
+    """
+    limit = memory_limit(config, profile)
+    levels = _levels(config, limit)
+
+    def attempt(level: Recompute, limit: float | None, effort: float) -> Choice:
+        return _choose(config, planned_costs(config, profile, level), level, message_seconds, limit, effort)
+
+    fitting, failure = [], None
+    for level in levels:
+        try:
+            choice = attempt(level, limit, effort * (_LEVEL_EFFORT if len(levels) > 1 else 1.0))
+        except DoesNotFit as error:
+            failure = error
+            continue
+        fitting.append(choice)
+        if not choice.is_squeezed:
+            break  # to recompute more would only take longer
+    if fitting:
+        best = min(fitting, key=lambda choice: choice.timeline.step_time)
+        return best if len(levels) == 1 else attempt(best.recompute, limit, effort)
+    assert failure is not None
+    if config.pipeline.memory_gb is not None:
+        raise failure
+    unlimited = attempt(levels[-1], None, effort)
+    return dataclasses.replace(unlimited, memory_limit=limit, fits=False)
+
+
+def memory_limit(config: Config, profile: DeviceProfile) -> float | None:
+    """Bytes that a rank may hold; None without a limit."""
+    if config.pipeline.memory_gb is not None:
+        return config.pipeline.memory_gb * 1e9
+    return None if profile.memory_bytes is None else _USABLE * profile.memory_bytes
+
+
+def stage_costs(costs: Sequence[UnitCost], cut: Partition) -> list[UnitCost]:
+    """Cost of each stage."""
+    return [total_cost(costs[unit] for unit in units) for units in cut]
+
+
+def _levels(config: Config, limit: float | None) -> list[Recompute]:
+    if config.pipeline.recompute != "auto" or limit is None:
+        return [config.recompute]
+    return [level for level in RECOMPUTE_LEVELS if level.runs_with(config.moe.dispatcher)]
+
+
+def _choose(
+    config: Config,
+    costs: tuple[UnitCost, ...],
+    level: Recompute,
+    message_seconds: float,
+    limit: float | None,
+    effort: float,
+) -> Choice:
+    """Under one recompute level; raises DoesNotFit."""
+    stage_to_rank, micro_batches, layout = stage_ranks(config), config.train.micro_batches, config.pipeline.layout
+    memory = _Memory.of(config, costs, stage_to_rank)
+    name, slacks, is_squeezed = config.pipeline.schedule, SLACKS if effort >= 1 else _FEW_SLACKS, False
+    if name == "planned":
+        bound = None if limit is None else memory.limit(limit, _one_in_flight(stage_to_rank))
+        cuts = partition_candidates(costs, stage_to_rank, layout, slacks, limit=bound)
+        caps = _activation_caps(config, costs, memory, limit)
+        problem = Problem(
+            costs=costs,
+            stage_to_rank=stage_to_rank,
+            micro_batches=micro_batches,
+            message_seconds=message_seconds,
+            activation_caps=caps,
+            patterns=[
+                pattern
+                for pattern in _patterns(config)
+                if micro_batch_problem(pattern, config.parallel.pp, micro_batches) is None
+            ],
+        )
+        found = search(problem, cuts, move_units=layout == "auto", effort=effort)
+        if found is None:
+            assert limit is not None
+            raise memory.too_large(cuts[0], _one_microbatch(costs, cuts[0], stage_to_rank), limit)
+        cut, table, origin = found.partition, found.table, found.origin
+        is_squeezed = caps(cut) != _activation_caps(config, costs, memory, None)(cut)
+        timeline = simulate(table, stage_costs(costs, cut), stage_to_rank, message_seconds)
+    else:
+        table, origin = schedules.build(name, config.parallel.pp, stage_to_rank, micro_batches), name
+        bound = None if limit is None else memory.limit(limit, in_flight_combinations(table, stage_to_rank))
+        cuts = partition_candidates(costs, stage_to_rank, layout, slacks, limit=bound)
+        simulated = [(simulate(table, stage_costs(costs, cut), stage_to_rank, message_seconds), cut) for cut in cuts]
+        timeline, cut = min(simulated, key=lambda pair: pair[0].step_time)
+    if limit is not None and not memory.fits(cut, timeline.peak_activation_bytes, limit):
+        raise memory.too_large(cut, timeline.peak_activation_bytes, limit)
+    notes: tuple[str, ...] = ()
+    if layout not in ("auto", "uniform"):
+        notes = read_layout(layout, stage_to_rank, len(costs), config.mtp.depth)[1]
+    return Choice(level, costs, cut, table, timeline, origin, limit, True, is_squeezed, notes)
+
+
+def _patterns(config: Config) -> tuple[str, ...]:
+    """Registered schedules that compete under ``planned``."""
+    if config.pipeline.placement == "v":
+        return ("zbv", "dualpipev")
+    return ("1f1b",) if config.num_stages == config.parallel.pp else ("interleaved_1f1b",)
+
+
+def _activation_caps(
+    config: Config, costs: Sequence[UnitCost], memory: _Memory, limit: float | None
+) -> Callable[[Partition], list[float]]:
+    """Bytes of activations that each rank may hold under ``planned``; at least one microbatch unless memory forbids it."""
+    pp, in_flight = config.parallel.pp, config.pipeline.in_flight
+    fullest = _ACTIVATIONS * _one_f_one_b_peak(costs, pp, config.train.micro_batches)
+
+    def caps(cut: Partition) -> list[float]:
+        stages, result = stage_costs(costs, cut), []
+        least = _one_microbatch(costs, cut, memory.stage_to_rank)
+        for rank in range(pp):
+            own = [cost for cost, owner in zip(stages, memory.stage_to_rank, strict=True) if owner == rank]
+            whole = sum(cost.activation_bytes for cost in own)
+            cap = max(least[rank], fullest if in_flight is None else in_flight * whole)
+            if limit is not None:
+                room = limit - memory.static(cut, rank) - max(cost.recompute_bytes for cost in own)
+                cap = min(cap, room)
+            result.append(cap)
+        return result
+
+    return caps
+
+
+def _one_microbatch(costs: Sequence[UnitCost], cut: Partition, stage_to_rank: Sequence[int]) -> list[int]:
+    """Bytes of activations that one microbatch needs on each rank, at most."""
+    stages = stage_costs(costs, cut)
+    owned = [
+        [cost for cost, owner in zip(stages, stage_to_rank, strict=True) if owner == rank]
+        for rank in range(max(stage_to_rank) + 1)
+    ]
+    return [
+        sum(cost.activation_bytes for cost in own)
+        + max(0, *(cost.deferred_bytes - cost.activation_bytes for cost in own))
+        for own in owned
+    ]
+
+
+def _one_f_one_b_peak(costs: Sequence[UnitCost], num_ranks: int, micro_batches: int) -> float:
+    """Activations of the fullest rank under ``1f1b``: rank r holds min(P - r, M) microbatches."""
+    stages = stage_costs(costs, partition(costs, tuple(range(num_ranks))))
+    return max(min(num_ranks - rank, micro_batches) * cost.activation_bytes for rank, cost in enumerate(stages))
+
+
+def _one_in_flight(stage_to_rank: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """One microbatch on all stages of a rank: the least that any schedule needs."""
+    return tuple((tuple(1 for owner in stage_to_rank if owner == rank),) for rank in range(max(stage_to_rank) + 1))
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What a rank holds whatever the schedule: weights, gradients and optimizer state."""
+
+    stage_to_rank: tuple[int, ...]
+    unit_bytes: tuple[float, ...]
+    rank_bytes: tuple[float, ...]
+    """Besides its units: the embedding's replica."""
+
+    @staticmethod
+    def of(config: Config, costs: Sequence[UnitCost], stage_to_rank: tuple[int, ...]) -> _Memory:
+        replica = 0.0
+        if embedding_has_two_copies(config, stage_to_rank):
+            replica = _static_bytes(config, UnitCost(params=unit_parameters(config)[0]))
+        last = stage_to_rank[-1]
+        return _Memory(
+            stage_to_rank,
+            tuple(_static_bytes(config, cost) for cost in costs),
+            tuple(replica if rank == last else 0.0 for rank in range(config.parallel.pp)),
+        )
+
+    def static(self, cut: Partition, rank: int) -> float:
+        units = [unit for owner, units in zip(self.stage_to_rank, cut, strict=True) if owner == rank for unit in units]
+        return self.rank_bytes[rank] + sum(self.unit_bytes[unit] for unit in units)
+
+    def limit(self, num_bytes: float, in_flight: tuple[tuple[tuple[int, ...], ...], ...]) -> MemoryLimit:
+        return MemoryLimit(num_bytes, self.unit_bytes, self.rank_bytes, in_flight)
+
+    def fits(self, cut: Partition, peaks: Sequence[int], limit: float) -> bool:
+        return all(self.static(cut, rank) + peak <= limit for rank, peak in enumerate(peaks))
+
+    def too_large(self, cut: Partition, peaks: Sequence[int], limit: float) -> DoesNotFit:
+        held = [self.static(cut, rank) + peak for rank, peak in enumerate(peaks)]
+        rank = max(range(len(held)), key=held.__getitem__)
+        return DoesNotFit(
+            f"pipeline rank {rank} needs {held[rank] / 1e9:.4g} GB and may have {limit / 1e9:.4g} GB "
+            "(pipeline.memory_gb, or nine tenths of the device's): set pipeline.recompute=auto, raise parallel.pp or "
+            "parallel.ep, lower train.micro_batch_size, or set optim.moment_dtype=bf16"
+        )
+
+
+def _static_bytes(config: Config, cost: UnitCost) -> float:
+    return float(rank_memory(config, 0, cost, 0).total_bytes)

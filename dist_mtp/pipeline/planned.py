@@ -1,0 +1,252 @@
+"""``planned``: search for the partition and the order of actions with the shortest simulated step.
+
+A candidate is a partition and a *recipe* for its table: a policy of :mod:`~dist_mtp.pipeline.list_schedule`, or a registered
+pattern whose weight gradients :mod:`~dist_mtp.pipeline.weight_filling` places anew. The search tries a few recipes on the
+balanced partitions it is given, then moves from the best candidate to better neighbours: recipes with one other setting, and
+partitions with one unit moved. Registered schedules compete as they are, too. All candidates keep the ranks' memory.
+
+Nothing here is random and no clock is read, so every rank finds the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from dist_mtp.pipeline import schedules
+from dist_mtp.pipeline.costs import UnitCost, total_cost
+from dist_mtp.pipeline.list_schedule import ListSchedule, Policy, Step, list_schedule
+from dist_mtp.pipeline.partition import Partition
+from dist_mtp.pipeline.simulate import peak_activations, simulate
+from dist_mtp.pipeline.table import Table
+from dist_mtp.pipeline.weight_filling import fill_weights, forward_and_input_order
+
+_EFFORT = 600_000
+"""Actions that a search schedules in total, about 3 µs each."""
+_TRY = 100
+"""What a candidate costs besides its actions."""
+_CLIMBS = 6
+"""Candidates from which it climbs, best first."""
+
+
+@dataclass(frozen=True)
+class FilledPattern:
+    """The recipe of a registered schedule with its weight gradients placed anew."""
+
+    name: str
+    patience: float = 0.1
+    """See :func:`~dist_mtp.pipeline.weight_filling.fill_weights`."""
+
+
+Recipe = Policy | FilledPattern
+
+_POLICIES = tuple(
+    Policy(kept_room=room, forward_patience=forward, weight_patience=weight, drain_patience=drain, draining=draining)
+    for room in (1.0, 0.0)
+    for forward, weight, drain, draining in (
+        (1.2, 0.15, 0.3, None),
+        (0.5, 0.0, 0.6, 5),
+        (1.0, 0.0, 0.3, 5),
+        (0.7, 0.3, 0.6, None),
+    )
+)
+_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "kept_room": (0.0, 0.5, 1.0, 2.0),
+    "kept_room_per_rank": (0.5, 0.75, 1.0, 1.25),
+    "forward_patience": (0.0, 0.3, 0.5, 0.7, 1.0, 1.2),
+    "filling": (1, 2, 4),
+    "weight_patience": (0.0, 0.15, 0.3),
+    "drain_patience": (0.3, 0.6, 1.0),
+    "draining": (None, 0, 2, 5, 8),
+}
+"""What each field of a policy is set to."""
+_PATIENCES = (0.0, 0.1, 0.3, 0.6)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be planned."""
+
+    costs: Sequence[UnitCost]
+    """One per unit."""
+    stage_to_rank: Sequence[int]
+    micro_batches: int
+    message_seconds: float
+    activation_caps: Callable[[Partition], Sequence[float]]
+    """Bytes of activations that each rank may hold under a partition."""
+    patterns: Sequence[str]
+    """Registered schedules that run on this placement with this many microbatches."""
+
+    @property
+    def num_ranks(self) -> int:
+        return max(self.stage_to_rank) + 1
+
+    @cached_property
+    def trial_micro_batches(self) -> int:
+        """Enough for a step's beginning, middle and end: what further ones add is the slowest rank's time each."""
+        return min(self.micro_batches, 4 * self.num_ranks)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The winner."""
+
+    partition: Partition
+    table: Table
+    step_time: float
+    """Simulated, seconds."""
+    origin: str
+    """``list`` (scheduled by a policy), ``zbv+`` (a pattern with weight gradients placed anew) or ``zbv`` (as registered)."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    cut: Partition
+    recipe: Recipe
+
+
+def search(
+    problem: Problem, cuts: Sequence[Partition], *, move_units: bool = True, effort: float = 1.0
+) -> Found | None:
+    """The best plan found, or None if nothing fits into the ranks' memory.
+
+    Args:
+        cuts: partitions to begin with, at least one.
+        move_units: also try partitions that are not among ``cuts``.
+        effort: candidates to try, relative to the usual number.
+    """
+    trials = _Trials(problem, effort * _EFFORT)
+    recipes: list[Recipe] = [*_POLICIES, *(FilledPattern(name) for name in problem.patterns)]
+    for recipe in recipes:
+        for cut in cuts:
+            if trials.effort_left > 0:
+                trials.time(_Candidate(cut, recipe))
+    starts = trials.fastest(_CLIMBS)
+    for climbs_left, (time, candidate) in zip(range(len(starts), 0, -1), starts, strict=True):
+        _climb(time, candidate, trials, trials.effort_left / climbs_left, move_units)
+
+    found = [plan for name in problem.patterns for plan in _as_registered(problem, name, cuts)]
+    # The trials' times are estimates where they had fewer microbatches: the winner is one of the first few.
+    for _, candidate in trials.fastest(1 if problem.trial_micro_batches == problem.micro_batches else 3):
+        result = _schedule(problem, candidate, problem.micro_batches)
+        if result is not None:
+            origin = "list" if isinstance(candidate.recipe, Policy) else f"{candidate.recipe.name}+"
+            found.append(Found(candidate.cut, result.table(), result.step_time, origin))
+    return min(found, key=lambda plan: plan.step_time, default=None)
+
+
+def _climb(time: float, candidate: _Candidate, trials: _Trials, effort: float, move_units: bool) -> None:
+    """Move to the first better neighbour until there is none, or ``effort`` is spent."""
+    leave, improved = trials.effort_left - effort, True
+    while improved:
+        improved = False
+        for neighbour in _neighbours(candidate, move_units):
+            if trials.effort_left <= leave:
+                return
+            other = trials.time(neighbour, below=time)
+            if other is not None and other < time * (1 - 1e-9):
+                time, candidate, improved = other, neighbour, True
+                break
+
+
+def _neighbours(candidate: _Candidate, move_units: bool) -> Iterator[_Candidate]:
+    if isinstance(candidate.recipe, Policy):
+        for name, values in _SETTINGS.items():
+            for value in values:
+                if value != getattr(candidate.recipe, name):
+                    yield replace(candidate, recipe=replace(candidate.recipe, **{name: value}))
+    else:
+        for patience in _PATIENCES:
+            if patience != candidate.recipe.patience:
+                yield replace(candidate, recipe=replace(candidate.recipe, patience=patience))
+    if move_units:
+        for cut in _moved(candidate.cut):
+            yield replace(candidate, cut=cut)
+
+
+def _moved(cut: Partition) -> Iterator[Partition]:
+    """Partitions in which one unit less is on one stage and one more on another, near ones first."""
+    counts = [len(units) for units in cut]
+    for distance in range(1, len(counts)):
+        for first in range(len(counts) - distance):
+            for source, target in ((first, first + distance), (first + distance, first)):
+                if counts[source] > 1 or 0 < source < len(counts) - 1 == counts[source]:
+                    moved = list(counts)
+                    moved[source] -= 1
+                    moved[target] += 1
+                    yield _contiguous(moved)
+
+
+def _contiguous(counts: Sequence[int]) -> Partition:
+    units = iter(range(sum(counts)))
+    return tuple(tuple(next(units) for _ in range(count)) for count in counts)
+
+
+class _Trials:
+    """Schedules candidates with few microbatches, remembers their times, and counts the effort."""
+
+    def __init__(self, problem: Problem, effort: float) -> None:
+        self._problem = problem
+        self._times: dict[_Candidate, float | None] = {}
+        self.effort_left = effort
+        """Actions that may still be scheduled."""
+
+    def time(self, candidate: _Candidate, below: float = float("inf")) -> float | None:
+        """Estimated step time; None if the candidate does not fit, or cannot be faster than ``below``."""
+        if candidate not in self._times:
+            problem = self._problem
+            if problem.micro_batches * _pace(problem, candidate.cut) >= below:
+                return None
+            few = problem.trial_micro_batches
+            result = _schedule(problem, candidate, few)
+            self.effort_left -= _TRY + 3 * few * len(candidate.cut)
+            further = (problem.micro_batches - few) * _pace(problem, candidate.cut)
+            self._times[candidate] = None if result is None else result.step_time + further
+        return self._times[candidate]
+
+    def fastest(self, count: int) -> list[tuple[float, _Candidate]]:
+        """Best first."""
+        known = [(time, candidate) for candidate, time in self._times.items() if time is not None]
+        return sorted(known, key=lambda pair: pair[0])[:count]
+
+
+def _stage_costs(problem: Problem, cut: Partition) -> list[UnitCost]:
+    return [total_cost(problem.costs[unit] for unit in units) for units in cut]
+
+
+def _pace(problem: Problem, cut: Partition) -> float:
+    """Seconds of the slowest rank per microbatch."""
+    seconds = [0.0] * problem.num_ranks
+    for rank, units in zip(problem.stage_to_rank, cut, strict=True):
+        seconds[rank] += sum(problem.costs[unit].time for unit in units)
+    return max(seconds)
+
+
+def _schedule(problem: Problem, candidate: _Candidate, micro_batches: int) -> ListSchedule | None:
+    """None if one microbatch, or the pattern's order, does not fit into the ranks' memory."""
+    stage_costs, caps = _stage_costs(problem, candidate.cut), problem.activation_caps(candidate.cut)
+    arguments = (stage_costs, problem.stage_to_rank, micro_batches, caps, problem.message_seconds)
+    if isinstance(candidate.recipe, FilledPattern):
+        order = _pattern_order(candidate.recipe.name, problem, micro_batches)
+        return fill_weights(order, *arguments, patience=candidate.recipe.patience)
+    try:
+        return list_schedule(*arguments, policy=candidate.recipe)
+    except ValueError:
+        return None
+
+
+def _pattern_order(name: str, problem: Problem, micro_batches: int) -> list[list[Step]]:
+    return forward_and_input_order(schedules.build(name, problem.num_ranks, problem.stage_to_rank, micro_batches))
+
+
+def _as_registered(problem: Problem, name: str, cuts: Sequence[Partition]) -> Iterator[Found]:
+    """A registered schedule under each partition that fits."""
+    table = schedules.build(name, problem.num_ranks, problem.stage_to_rank, problem.micro_batches)
+    for cut in cuts:
+        stage_costs, caps = _stage_costs(problem, cut), problem.activation_caps(cut)
+        peaks = peak_activations(table, stage_costs)
+        if all(peak <= cap for peak, cap in zip(peaks, caps, strict=True)):
+            timeline = simulate(table, stage_costs, problem.stage_to_rank, problem.message_seconds)
+            yield Found(cut, table, timeline.step_time, name)
