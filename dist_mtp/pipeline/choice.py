@@ -24,7 +24,7 @@ from dist_mtp.pipeline.planned import Problem, search
 from dist_mtp.pipeline.simulate import Timeline, simulate
 from dist_mtp.pipeline.table import Table
 from dist_mtp.pipeline.unit_times import planned_costs
-from dist_mtp.recompute import RECOMPUTE_LEVELS, Recompute
+from dist_mtp.recompute import KEEP_ALL, RECOMPUTE_LEVELS, Recompute
 
 SLACKS = (0.0, 0.01, 0.02, 0.05, 0.1)
 """How much slower than the least possible the slowest rank may be in the partitions that ``layout=auto`` compares."""
@@ -34,8 +34,10 @@ _USABLE = 0.9
 """Share of a device's memory that is planned with: the rest is for the moment's buffers and fragmentation."""
 _ACTIVATIONS = 1.1
 """Activations of a rank under ``planned``, relative to those of the fullest rank under ``1f1b``."""
-_LEVEL_EFFORT = 0.03
-"""Of a search that only compares recompute levels."""
+_LEVEL_EFFORT = 0.5
+"""Of the search of one of several recompute levels."""
+_GLANCE = 0.02
+"""Of a search that only looks what there is to hold."""
 
 
 @dataclass(frozen=True)
@@ -72,24 +74,36 @@ def choose(config: Config, profile: DeviceProfile, message_seconds: float, *, ef
         ConfigError: too few units, a layout that does not fit the model, or bad measured times.
     """
     limit = memory_limit(config, profile)
+    if effort < 1 and config.pipeline.schedule != "planned":
+        # Patterns cannot be made to need less, and a partition that would is rarely worth the time that it takes to find.
+        limit = None
     levels = _levels(config, limit)
+    # The measure stays 1F1B with nothing recomputed: put-off weight gradients need more than what recomputation leaves.
+    budget = _ACTIVATIONS * _one_f_one_b_peak(planned_costs(config, profile, KEEP_ALL), config)
 
     def attempt(level: Recompute, limit: float | None, effort: float) -> Choice:
-        return _choose(config, planned_costs(config, profile, level), level, message_seconds, limit, effort)
+        return _choose(config, planned_costs(config, profile, level), level, message_seconds, budget, limit, effort)
 
-    fitting, failure = [], None
-    for level in levels:
+    if len(levels) > 1:
+        # Where there is room for all that one would like to hold, to recompute anything only takes longer.
+        wanted = attempt(levels[0], None, effort * _GLANCE)
+        if _keeps(config, wanted, limit):
+            levels = levels[:1]
+    # To recompute more frees memory, which shortens the step until there is enough of it: so come down from everything as long
+    # as the step gets shorter.
+    fitting: list[Choice] = []
+    failure: DoesNotFit | None = None
+    for level in reversed(levels):
         try:
-            choice = attempt(level, limit, effort * (_LEVEL_EFFORT if len(levels) > 1 else 1.0))
+            fitting.append(attempt(level, limit, effort * (_LEVEL_EFFORT if len(levels) > 1 else 1.0)))
         except DoesNotFit as error:
-            failure = error
-            continue
-        fitting.append(choice)
-        if not choice.is_squeezed:
-            break  # to recompute more would only take longer
+            failure = failure or error
+        if failure is not None or (
+            len(fitting) > 1 and fitting[-1].timeline.step_time > fitting[-2].timeline.step_time
+        ):
+            break
     if fitting:
-        best = min(fitting, key=lambda choice: choice.timeline.step_time)
-        return best if len(levels) == 1 else attempt(best.recompute, limit, effort)
+        return min(fitting, key=lambda choice: choice.timeline.step_time)
     assert failure is not None
     if config.pipeline.memory_gb is not None:
         raise failure
@@ -109,6 +123,12 @@ def stage_costs(costs: Sequence[UnitCost], cut: Partition) -> list[UnitCost]:
     return [total_cost(costs[unit] for unit in units) for units in cut]
 
 
+def _keeps(config: Config, choice: Choice, limit: float | None) -> bool:
+    """Whether a choice made without limit keeps it."""
+    memory = _Memory.of(config, choice.costs, stage_ranks(config))
+    return limit is None or memory.fits(choice.cut, choice.timeline.peak_activation_bytes, limit)
+
+
 def _levels(config: Config, limit: float | None) -> list[Recompute]:
     if config.pipeline.recompute != "auto" or limit is None:
         return [config.recompute]
@@ -120,23 +140,27 @@ def _choose(
     costs: tuple[UnitCost, ...],
     level: Recompute,
     message_seconds: float,
+    budget: float,
     limit: float | None,
     effort: float,
 ) -> Choice:
-    """Under one recompute level; raises DoesNotFit."""
+    """Under one recompute level; raises DoesNotFit.
+
+    Args:
+        budget: bytes of activations that ``planned`` gives each rank.
+    """
     stage_to_rank, micro_batches, layout = stage_ranks(config), config.train.micro_batches, config.pipeline.layout
     memory = _Memory.of(config, costs, stage_to_rank)
     name, slacks, is_squeezed = config.pipeline.schedule, SLACKS if effort >= 1 else _FEW_SLACKS, False
     if name == "planned":
-        bound = None if limit is None else memory.limit(limit, _one_in_flight(stage_to_rank))
-        cuts = partition_candidates(costs, stage_to_rank, layout, slacks, limit=bound)
-        caps = _activation_caps(config, costs, memory, limit)
+        cuts = _cuts_with_room(costs, stage_to_rank, layout, slacks, memory, limit)
+        caps = _activation_caps(config, costs, memory, budget)
         problem = Problem(
             costs=costs,
             stage_to_rank=stage_to_rank,
             micro_batches=micro_batches,
             message_seconds=message_seconds,
-            activation_caps=caps,
+            activation_caps=lambda cut: caps(cut, limit),
             patterns=[
                 pattern
                 for pattern in _patterns(config)
@@ -148,8 +172,17 @@ def _choose(
             assert limit is not None
             raise memory.too_large(cuts[0], _one_microbatch(costs, cuts[0], stage_to_rank), limit)
         cut, table, origin = found.partition, found.table, found.origin
-        is_squeezed = caps(cut) != _activation_caps(config, costs, memory, None)(cut)
         timeline = simulate(table, stage_costs(costs, cut), stage_to_rank, message_seconds)
+        is_squeezed = any(
+            cap < unlimited and peak + one > cap
+            for cap, unlimited, peak, one in zip(
+                caps(cut, limit),
+                caps(cut, None),
+                timeline.peak_activation_bytes,
+                _one_microbatch(costs, cut, stage_to_rank),
+                strict=True,
+            )
+        )
     else:
         table, origin = schedules.build(name, config.parallel.pp, stage_to_rank, micro_batches), name
         bound = None if limit is None else memory.limit(limit, in_flight_combinations(table, stage_to_rank))
@@ -172,19 +205,21 @@ def _patterns(config: Config) -> tuple[str, ...]:
 
 
 def _activation_caps(
-    config: Config, costs: Sequence[UnitCost], memory: _Memory, limit: float | None
-) -> Callable[[Partition], list[float]]:
-    """Bytes of activations that each rank may hold under ``planned``; at least one microbatch unless memory forbids it."""
-    pp, in_flight = config.parallel.pp, config.pipeline.in_flight
-    fullest = _ACTIVATIONS * _one_f_one_b_peak(costs, pp, config.train.micro_batches)
+    config: Config, costs: Sequence[UnitCost], memory: _Memory, budget: float
+) -> Callable[[Partition, float | None], list[float]]:
+    """Bytes of activations that each rank may hold under ``planned``, by partition and memory limit.
 
-    def caps(cut: Partition) -> list[float]:
+    At least one microbatch unless memory forbids it.
+    """
+    pp, in_flight = config.parallel.pp, config.pipeline.in_flight
+
+    def caps(cut: Partition, limit: float | None) -> list[float]:
         stages, result = stage_costs(costs, cut), []
         least = _one_microbatch(costs, cut, memory.stage_to_rank)
         for rank in range(pp):
             own = [cost for cost, owner in zip(stages, memory.stage_to_rank, strict=True) if owner == rank]
             whole = sum(cost.activation_bytes for cost in own)
-            cap = max(least[rank], fullest if in_flight is None else in_flight * whole)
+            cap = max(least[rank], budget if in_flight is None else in_flight * whole)
             if limit is not None:
                 room = limit - memory.static(cut, rank) - max(cost.recompute_bytes for cost in own)
                 cap = min(cap, room)
@@ -208,15 +243,35 @@ def _one_microbatch(costs: Sequence[UnitCost], cut: Partition, stage_to_rank: Se
     ]
 
 
-def _one_f_one_b_peak(costs: Sequence[UnitCost], num_ranks: int, micro_batches: int) -> float:
+def _one_f_one_b_peak(costs: Sequence[UnitCost], config: Config) -> float:
     """Activations of the fullest rank under ``1f1b``: rank r holds min(P - r, M) microbatches."""
+    num_ranks, micro_batches = config.parallel.pp, config.train.micro_batches
     stages = stage_costs(costs, partition(costs, tuple(range(num_ranks))))
     return max(min(num_ranks - rank, micro_batches) * cost.activation_bytes for rank, cost in enumerate(stages))
 
 
-def _one_in_flight(stage_to_rank: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """One microbatch on all stages of a rank: the least that any schedule needs."""
-    return tuple((tuple(1 for owner in stage_to_rank if owner == rank),) for rank in range(max(stage_to_rank) + 1))
+def _cuts_with_room(
+    costs: Sequence[UnitCost],
+    stage_to_rank: tuple[int, ...],
+    layout: str,
+    slacks: Sequence[float],
+    memory: _Memory,
+    limit: float | None,
+) -> list[Partition]:
+    """Partitions for ``planned`` to begin with: those that let every rank hold as many microbatches as there is memory for.
+
+    The most is P of them, as under ``zbv``; the least that any schedule needs is one.
+    """
+    if limit is None:
+        return partition_candidates(costs, stage_to_rank, layout, slacks)
+    num_ranks = max(stage_to_rank) + 1
+    for in_flight in dict.fromkeys((max(1, num_ranks // 2), 1)):
+        each = tuple((tuple(in_flight for owner in stage_to_rank if owner == rank),) for rank in range(num_ranks))
+        try:
+            return partition_candidates(costs, stage_to_rank, layout, slacks, limit=memory.limit(limit, each))
+        except DoesNotFit as error:
+            failure = error
+    raise failure
 
 
 @dataclass(frozen=True)

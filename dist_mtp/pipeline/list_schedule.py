@@ -63,6 +63,8 @@ class ListSchedule:
     """Seconds."""
     peak_activation_bytes: tuple[int, ...]
     """Per rank."""
+    period: float
+    """Seconds from one microbatch to the next in the second half of the step; see :func:`period_of`."""
 
     def table(self) -> Table:
         return tuple(
@@ -122,6 +124,7 @@ def list_schedule(
     wakes = [(0.0, rank) for rank in range(num_ranks)]
     heapify(wakes)
     last, step_time = num_stages - 1, 0.0
+    turns: list[float] = []  # when each microbatch's way back begins
 
     # Searches run this loop a hundred thousand times a second: hence plain comparisons and few calls.
     while wakes:
@@ -194,6 +197,8 @@ def list_schedule(
             end = now + time_i[stage]
             lines[rank].append((INPUT, stage, inputs[stage]))
             inputs[stage] += 1
+            if stage == last:
+                turns.append(end)
             live[rank] = held_now + deferred[stage] - held[stage]
             target, ready_list = stage - 1, input_ready
         else:
@@ -217,7 +222,13 @@ def list_schedule(
             step_time = end
         heappush(wakes, (end, rank))
 
-    return ListSchedule(tuple(map(tuple, lines)), step_time, tuple(peak))
+    return ListSchedule(tuple(map(tuple, lines)), step_time, tuple(peak), period_of(turns))
+
+
+def period_of(turns: Sequence[float]) -> float:
+    """Mean time between microbatches in the second half, from when their input gradients of the last stage end."""
+    half = len(turns) // 2
+    return (turns[-1] - turns[half]) / (len(turns) - 1 - half) if len(turns) > 2 else 0.0
 
 
 def _may_start(stage: int, own: Sequence[int], forwards: Sequence[int], held: Sequence[int], cap: float) -> bool:

@@ -10,6 +10,7 @@ Nothing here is random and no clock is read, so every rank finds the same plan.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,12 +24,14 @@ from dist_mtp.pipeline.simulate import peak_activations, simulate
 from dist_mtp.pipeline.table import Table
 from dist_mtp.pipeline.weight_filling import fill_weights, forward_and_input_order
 
-_EFFORT = 600_000
+_EFFORT = 300_000
 """Actions that a search schedules in total, about 3 µs each."""
 _TRY = 100
 """What a candidate costs besides its actions."""
 _CLIMBS = 6
-"""Candidates from which it climbs, best first."""
+"""Candidates from which it climbs at most, best first."""
+_CLIMB_TRIES = 30
+"""Candidates that a climb should be able to try."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Problem:
 
     @cached_property
     def trial_micro_batches(self) -> int:
-        """Enough for a step's beginning, middle and end: what further ones add is the slowest rank's time each."""
+        """Enough for a step's beginning, middle and end: what further ones add is known from the middle."""
         return min(self.micro_batches, 4 * self.num_ranks)
 
 
@@ -123,13 +126,16 @@ def search(
         for cut in cuts:
             if trials.effort_left > 0:
                 trials.time(_Candidate(cut, recipe))
-    starts = trials.fastest(_CLIMBS)
+    # Large pipelines take longer to schedule: rather climb from fewer candidates than not get far from any.
+    climbs = int(trials.effort_left / (_CLIMB_TRIES * trials.effort_of(cuts[0])))
+    starts = trials.fastest(max(1, min(_CLIMBS, climbs)))
     for climbs_left, (time, candidate) in zip(range(len(starts), 0, -1), starts, strict=True):
         _climb(time, candidate, trials, trials.effort_left / climbs_left, move_units)
 
     found = [plan for name in problem.patterns for plan in _as_registered(problem, name, cuts)]
     # The trials' times are estimates where they had fewer microbatches: the winner is one of the first few.
-    for _, candidate in trials.fastest(1 if problem.trial_micro_batches == problem.micro_batches else 3):
+    finalists = 1 if problem.trial_micro_batches == problem.micro_batches or effort < 1 else 8
+    for _, candidate in trials.fastest(finalists):
         result = _schedule(problem, candidate, problem.micro_batches)
         if result is not None:
             origin = "list" if isinstance(candidate.recipe, Policy) else f"{candidate.recipe.name}+"
@@ -152,18 +158,22 @@ def _climb(time: float, candidate: _Candidate, trials: _Trials, effort: float, m
 
 
 def _neighbours(candidate: _Candidate, move_units: bool) -> Iterator[_Candidate]:
-    if isinstance(candidate.recipe, Policy):
-        for name, values in _SETTINGS.items():
-            for value in values:
-                if value != getattr(candidate.recipe, name):
-                    yield replace(candidate, recipe=replace(candidate.recipe, **{name: value}))
-    else:
-        for patience in _PATIENCES:
-            if patience != candidate.recipe.patience:
-                yield replace(candidate, recipe=replace(candidate.recipe, patience=patience))
-    if move_units:
-        for cut in _moved(candidate.cut):
-            yield replace(candidate, cut=cut)
+    """Other recipes and other partitions in turn."""
+    cuts = (replace(candidate, cut=cut) for cut in _moved(candidate.cut)) if move_units else iter(())
+    recipes = (replace(candidate, recipe=recipe) for recipe in _other_recipes(candidate.recipe))
+    for pair in itertools.zip_longest(recipes, cuts):
+        yield from (neighbour for neighbour in pair if neighbour is not None)
+
+
+def _other_recipes(recipe: Recipe) -> Iterator[Recipe]:
+    """Recipes with one other setting."""
+    if isinstance(recipe, FilledPattern):
+        yield from (replace(recipe, patience=patience) for patience in _PATIENCES if patience != recipe.patience)
+        return
+    for name, values in _SETTINGS.items():
+        for value in values:
+            if value != getattr(recipe, name):
+                yield replace(recipe, **{name: value})
 
 
 def _moved(cut: Partition) -> Iterator[Partition]:
@@ -193,6 +203,10 @@ class _Trials:
         self.effort_left = effort
         """Actions that may still be scheduled."""
 
+    def effort_of(self, cut: Partition) -> float:
+        """What one trial takes."""
+        return _TRY + 3 * self._problem.trial_micro_batches * len(cut)
+
     def time(self, candidate: _Candidate, below: float = float("inf")) -> float | None:
         """Estimated step time; None if the candidate does not fit, or cannot be faster than ``below``."""
         if candidate not in self._times:
@@ -201,9 +215,13 @@ class _Trials:
                 return None
             few = problem.trial_micro_batches
             result = _schedule(problem, candidate, few)
-            self.effort_left -= _TRY + 3 * few * len(candidate.cut)
-            further = (problem.micro_batches - few) * _pace(problem, candidate.cut)
-            self._times[candidate] = None if result is None else result.step_time + further
+            self.effort_left -= self.effort_of(candidate.cut)
+            time = None
+            if result is not None:
+                # Where memory is short, ranks wait in the middle of a step, too.
+                period = max(result.period, _pace(problem, candidate.cut))
+                time = result.step_time + (problem.micro_batches - few) * period
+            self._times[candidate] = time
         return self._times[candidate]
 
     def fastest(self, count: int) -> list[tuple[float, _Candidate]]:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from dist_mtp.pipeline.costs import UnitCost
-from dist_mtp.pipeline.list_schedule import FORWARD, INPUT, WEIGHT, ListSchedule, Step
+from dist_mtp.pipeline.list_schedule import FORWARD, INPUT, WEIGHT, ListSchedule, Step, period_of
 from dist_mtp.pipeline.table import Kind, Table
 
 
@@ -105,4 +105,5 @@ def fill_weights(
     for rank in range(num_ranks):
         while pending[rank]:
             run_weight(rank)
-    return ListSchedule(tuple(map(tuple, lines)), max(now), tuple(peak))
+    turns = [end for end in input_end[last] if end is not None]
+    return ListSchedule(tuple(map(tuple, lines)), max(now), tuple(peak), period_of(turns))

@@ -227,9 +227,7 @@ class TestMemoryLimit:
     def test_refusal_names_rank_bytes_and_cap(self) -> None:
         """Rank 0 holds three microbatches of whatever it gets, and cannot get less than the embedding and a unit."""
         limit = MemoryLimit(8e9, (9e9, 1.0, 1.0, 1.0), (1e9, 0.0), (((3,),), ((1,),)))
-        with pytest.raises(
-            ConfigError, match=r"pipeline rank 0 needs 10\.0 GB, and may have 8\.0 GB: raise parallel\.pp"
-        ):
+        with pytest.raises(ConfigError, match=r"pipeline rank 0 needs 10 GB, and may have 8 GB: raise parallel\.pp"):
             partition(costs_of([1.0] * 4), (0, 1), limit=limit)
 
     def test_no_rank_stays_empty(self) -> None:

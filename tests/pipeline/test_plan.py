@@ -138,9 +138,12 @@ class TestBounds:
 
     def test_head_caps_large_pipelines(self) -> None:
         """DeepSeek-V3, P=16: the head takes 1.385 of an average layer, each depth 2.54 more."""
-        bounds = [make_plan(v3_config(depth=depth, pp=16, layout="uniform")).bound.balance for depth in (0, 1, 2, 3)]
+        bounds = [
+            make_plan(v3_config(depth=depth, pp=16, layout="uniform", schedule="zbv", memory_gb=1e4)).bound.balance
+            for depth in (0, 1, 2, 3)
+        ]
         assert bounds == pytest.approx([1.0, 1.0, 0.652, 0.486], abs=0.005), bounds
-        plan = make_plan(v3_config(depth=2, pp=16, layout="uniform"))
+        plan = make_plan(v3_config(depth=2, pp=16, layout="uniform", schedule="zbv", memory_gb=1e4))
         assert plan.balanced_ranks == 10, plan.balanced_ranks
 
     def test_1f1b_ramp_is_the_textbooks(self) -> None:
@@ -151,8 +154,8 @@ class TestBounds:
 
 def test_auto_layout_beats_uniform() -> None:
     """DeepSeek-V3 with D=1 on P=8: 7 % bubble against 24 % for equal unit counts (and 21 % for balanced 1F1B)."""
-    auto = make_plan(v3_config(schedule="dualpipev")).timeline
-    uniform = make_plan(v3_config(schedule="dualpipev", layout="uniform")).timeline
+    auto = make_plan(v3_config(schedule="dualpipev", memory_gb=1e4)).timeline
+    uniform = make_plan(v3_config(schedule="dualpipev", layout="uniform", memory_gb=1e4)).timeline
     assert auto.bubble < 0.07 < 0.2 < uniform.bubble, f"{auto.bubble} and {uniform.bubble}"
 
 
@@ -220,6 +223,7 @@ class TestCommand:
         arguments = ["model=deepseek_v3", "mtp=d1", "precision=bf16", f"run.dir={tmp_path / 'run'}"]
         arguments += ["parallel.pp=16", "parallel.dp=128", "parallel.ep=64", "train.micro_batches=32"]
         arguments += ["train.micro_batch_size=1", "train.seq_len=4096", "pipeline.device_profile=h800"]
+        arguments += ["pipeline.schedule=zbv"]
         assert plan_command.main(arguments) == 0
         lines = capsys.readouterr().out.splitlines()
         for expected in (
@@ -231,7 +235,7 @@ class TestCommand:
         first = lines.index(next(line for line in lines if "expert params" in line))
         ranks = [line.split() for line in lines[first + 1 : first + 17]]
         assert [row[0] for row in ranks] == [str(rank) for rank in range(16)], ranks
-        assert {len(row) for row in ranks} == {8}, ranks
+        assert {len(row) for row in ranks} == {10}, ranks
         assert max(len(line) for line in lines if str(tmp_path) not in line) <= 120, lines
 
     def test_says_nothing_of_experts_that_nobody_shares(self) -> None:
@@ -240,9 +244,11 @@ class TestCommand:
         assert "expert groups" not in text, text
 
     def test_warns_when_the_head_is_too_slow(self) -> None:
-        text = plan_command.summary(make_plan(v3_config(depth=2, pp=16, layout="uniform")))
+        text = plan_command.summary(
+            make_plan(v3_config(depth=2, pp=16, layout="uniform", schedule="zbv", memory_gb=1e4))
+        )
         assert "parallel.pp=10 with more data parallelism" in text, text
-        assert "warning" not in plan_command.summary(make_plan(v3_config(depth=0, pp=4)))
+        assert "warning" not in plan_command.summary(make_plan(v3_config(depth=0, pp=4, schedule="zbv", memory_gb=1e4)))
 
 
 @pytest.mark.parametrize(("placement", "schedule"), EVERY_SCHEDULE)
