@@ -380,6 +380,12 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class ProfilerConfig:
+    timeline: bool = False
+    """Measure the timeline of every step from the 5th after each start on, whatever ``monitor.timeline_every`` says."""
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
@@ -397,6 +403,7 @@ class Config:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: the GPUs of a host if each of its ranks can have one of its own, else the CPU. One choice for all ranks."""
     resume: str = "auto"
@@ -417,6 +424,11 @@ class Config:
         """Vocabulary rows; available once :func:`resolve` has filled it in."""
         assert self.model.vocab_size is not None, "resolve() fills model.vocab_size"
         return self.model.vocab_size
+
+    @property
+    def timeline_every(self) -> int:
+        """Steps between measured timelines; 0: none."""
+        return 1 if self.profiler.timeline else self.monitor.timeline_every
 
     @property
     def dp(self) -> int:

@@ -176,6 +176,7 @@ def _train(config: Config, device: Any, corpus: Any, log: TextIO) -> int:
     import torch.distributed as dist
 
     from dist_mtp.monitor.monitor import Monitor, RunMonitor
+    from dist_mtp.parallel.collectives import broadcast_text, check_same_hash
     from dist_mtp.parallel.mesh import make_mesh
     from dist_mtp.parallel.watchdog import Watchdog
     from dist_mtp.pipeline.plan import make_plan
@@ -193,7 +194,10 @@ def _train(config: Config, device: Any, corpus: Any, log: TextIO) -> int:
     watchdog = Watchdog(config.train.hang_timeout_s, log, exit_process=end_process)
     try:
         mesh = make_mesh(config, device)
-        plan = make_plan(config, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+        # All ranks plan for rank 0's device: other GPUs would mean another plan.
+        own_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        plan = make_plan(config, broadcast_text(own_name, device) or None)
+        check_same_hash(plan.digest(), device, "plan", "install the same version of Python and dist_mtp on all nodes")
         is_first = mesh.rank == 0
         if is_first:
             monitor = RunMonitor(config, plan, corpus.info, _throughput(config, device))

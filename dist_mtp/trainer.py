@@ -204,7 +204,7 @@ class Trainer:
     def _run_pipeline(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[HeadStats], Metrics]:
         """Forward and backward of the step, with its bubble if this is a step to measure. Collective."""
         statistics_every = self.config.precision.fp8_statistics_every if self.fp8 is not None else 0
-        every = self.config.monitor.timeline_every
+        every = self.config.timeline_every
         if not is_measured(self.step, every, start=self.start, statistics_every=statistics_every):
             return self.runtime.train_step(micro_batches), {}
         self.beat(f"step {self.step}, common start of its timeline")

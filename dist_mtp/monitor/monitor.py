@@ -99,7 +99,7 @@ class RunMonitor(Monitor):
                 aux_losses=any(config.moe.aux_loss_coeffs.values()),
                 ep=config.parallel.ep,
                 fp8=config.precision.name == "fp8" and config.precision.fp8_statistics_every > 0,
-                timelines=config.monitor.timeline_every > 0,
+                timelines=config.timeline_every > 0,
                 config_text=yaml.safe_dump(to_dict(config), sort_keys=False),
                 plan_text=plan_text,
                 hparams={key: value for key, value in _flat(to_dict(config)).items() if key not in _NO_HPARAMS},
@@ -199,8 +199,10 @@ def _describe(config: Config, plan: Plan, corpus_info: Mapping[str, Any]) -> lis
         f"{splits['validation']['tokens']:,} validation tokens, unigram entropy {corpus_info['unigram_entropy_nats']:.3f} nats",
         f"{plan.pp} pipeline x {plan.dp} data ranks{sharing}, placement {plan.placement}, schedule {plan.schedule}, "
         f"{plan.micro_batches} microbatches of {config.train.micro_batch_size} x {config.train.seq_len} tokens, "
-        f"predicted bubble {plan.timeline.bubble:.1%}",
+        f"predicted bubble {plan.timeline.bubble:.1%}"
+        + ("" if str(plan.recompute) == "none" else f", recomputed: {plan.recompute}"),
         *stages,
+        *(f"warning: {warning}" for warning in plan.warnings),
         "",
         *parameter_table(_parameter_rows(config)),
         "",

@@ -31,7 +31,7 @@ from dist_mtp.same_run import changed_keys
 SUMMARY = "summary.json"
 PICTURE = "summary.png"
 _SET_ASIDE = re.compile(r"\.old-\d+$")
-_NOT_SWEPT = ("run.", "launcher.", "monitor.", "resume", "checkpoint.", "debug.", "data.cache_dir")
+_NOT_SWEPT = ("run.", "launcher.", "monitor.", "profiler.", "resume", "checkpoint.", "debug.", "data.cache_dir")
 _KEPT_METRICS = re.compile(r"step|tokens|loss.*|eval_.*|accept_.*|lr|grad_norm|tokens_per_s")
 
 

@@ -6,6 +6,7 @@ within that memory, which is nothing while everything fits.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dist_mtp.pipeline.memory_limit import DoesNotFit, MemoryLimit, in_flight_co
 from dist_mtp.pipeline.partition import Partition, partition, partition_candidates
 from dist_mtp.pipeline.placement import embedding_has_two_copies, stage_ranks
 from dist_mtp.pipeline.planned import Problem, search
-from dist_mtp.pipeline.simulate import Timeline, simulate
+from dist_mtp.pipeline.simulate import Timeline, peak_activations, simulate
 from dist_mtp.pipeline.table import Table
 from dist_mtp.pipeline.unit_times import planned_costs
 from dist_mtp.recompute import KEEP_ALL, RECOMPUTE_LEVELS, Recompute
@@ -84,13 +85,12 @@ def choose(config: Config, profile: DeviceProfile, message_seconds: float, *, ef
     def attempt(level: Recompute, limit: float | None, effort: float) -> Choice:
         return _choose(config, planned_costs(config, profile, level), level, message_seconds, budget, limit, effort)
 
-    if len(levels) > 1:
-        # Where there is room for all that one would like to hold, to recompute anything only takes longer.
-        wanted = attempt(levels[0], None, effort * _GLANCE)
-        if _keeps(config, wanted, limit):
-            levels = levels[:1]
-    # To recompute more frees memory, which shortens the step until there is enough of it: so come down from everything as long
-    # as the step gets shorter.
+    if len(levels) > 1 and _keeps(config, attempt(levels[0], None, effort * _GLANCE), limit):
+        # There is room for all that one would like to hold: to recompute anything would only take longer.
+        with contextlib.suppress(DoesNotFit):
+            return attempt(levels[0], limit, effort)
+    # To recompute more frees memory, which mostly shortens the step until there is enough of it: so come down from everything
+    # as long as the step gets shorter. Not everything that fits needs less than what does not: whole units need most at once.
     fitting: list[Choice] = []
     failure: DoesNotFit | None = None
     for level in reversed(levels):
@@ -98,16 +98,15 @@ def choose(config: Config, profile: DeviceProfile, message_seconds: float, *, ef
             fitting.append(attempt(level, limit, effort * (_LEVEL_EFFORT if len(levels) > 1 else 1.0)))
         except DoesNotFit as error:
             failure = failure or error
-        if failure is not None or (
-            len(fitting) > 1 and fitting[-1].timeline.step_time > fitting[-2].timeline.step_time
-        ):
+        if len(fitting) > 1 and fitting[-1].timeline.step_time > fitting[-2].timeline.step_time:
             break
     if fitting:
         return min(fitting, key=lambda choice: choice.timeline.step_time)
     assert failure is not None
     if config.pipeline.memory_gb is not None:
         raise failure
-    unlimited = attempt(levels[-1], None, effort)
+    needs = {level: _fullest(config, attempt(level, None, effort * _GLANCE)) for level in levels}
+    unlimited = attempt(min(levels, key=needs.__getitem__), None, effort)
     return dataclasses.replace(unlimited, memory_limit=limit, fits=False)
 
 
@@ -123,10 +122,25 @@ def stage_costs(costs: Sequence[UnitCost], cut: Partition) -> list[UnitCost]:
     return [total_cost(costs[unit] for unit in units) for units in cut]
 
 
+def costs_with_replica(config: Config, choice: Choice) -> list[UnitCost]:
+    """Cost of each stage; parameters of the last one include the embedding's replica if there is one."""
+    costs = stage_costs(choice.costs, choice.cut)
+    if embedding_has_two_copies(config, stage_ranks(config)):
+        costs[-1] = total_cost([costs[-1], UnitCost(params=choice.costs[0].params)])
+    return costs
+
+
 def _keeps(config: Config, choice: Choice, limit: float | None) -> bool:
     """Whether a choice made without limit keeps it."""
+    return limit is None or _fullest(config, choice) <= limit
+
+
+def _fullest(config: Config, choice: Choice) -> float:
+    """Bytes of the fullest rank."""
     memory = _Memory.of(config, choice.costs, stage_ranks(config))
-    return limit is None or memory.fits(choice.cut, choice.timeline.peak_activation_bytes, limit)
+    return max(
+        memory.static(choice.cut, rank) + peak for rank, peak in enumerate(choice.timeline.peak_activation_bytes)
+    )
 
 
 def _levels(config: Config, limit: float | None) -> list[Recompute]:
@@ -170,7 +184,9 @@ def _choose(
         found = search(problem, cuts, move_units=layout == "auto", effort=effort)
         if found is None:
             assert limit is not None
-            raise memory.too_large(cuts[0], _one_microbatch(costs, cuts[0], stage_to_rank), limit)
+            needed = _one_microbatch(costs, cuts[0], stage_to_rank)
+            again = max(cost.recompute_bytes for cost in costs)
+            raise memory.too_large(config, cuts[0], [one + again for one in needed], limit)
         cut, table, origin = found.partition, found.table, found.origin
         timeline = simulate(table, stage_costs(costs, cut), stage_to_rank, message_seconds)
         is_squeezed = any(
@@ -178,7 +194,7 @@ def _choose(
             for cap, unlimited, peak, one in zip(
                 caps(cut, limit),
                 caps(cut, None),
-                timeline.peak_activation_bytes,
+                peak_activations(table, stage_costs(costs, cut)),
                 _one_microbatch(costs, cut, stage_to_rank),
                 strict=True,
             )
@@ -186,11 +202,17 @@ def _choose(
     else:
         table, origin = schedules.build(name, config.parallel.pp, stage_to_rank, micro_batches), name
         bound = None if limit is None else memory.limit(limit, in_flight_combinations(table, stage_to_rank))
-        cuts = partition_candidates(costs, stage_to_rank, layout, slacks, limit=bound)
+        limited = costs if limit is None else _at_worst(costs)
+        cuts = partition_candidates(limited, stage_to_rank, layout, slacks, limit=bound)
         simulated = [(simulate(table, stage_costs(costs, cut), stage_to_rank, message_seconds), cut) for cut in cuts]
-        timeline, cut = min(simulated, key=lambda pair: pair[0].step_time)
+        fitting = [
+            (timeline, cut)
+            for timeline, cut in simulated
+            if limit is None or memory.fits(cut, timeline.peak_activation_bytes, limit)
+        ]
+        timeline, cut = min(fitting or simulated, key=lambda pair: pair[0].step_time)
     if limit is not None and not memory.fits(cut, timeline.peak_activation_bytes, limit):
-        raise memory.too_large(cut, timeline.peak_activation_bytes, limit)
+        raise memory.too_large(config, cut, timeline.peak_activation_bytes, limit)
     notes: tuple[str, ...] = ()
     if layout not in ("auto", "uniform"):
         notes = read_layout(layout, stage_to_rank, len(costs), config.mtp.depth)[1]
@@ -268,10 +290,19 @@ def _cuts_with_room(
     for in_flight in dict.fromkeys((max(1, num_ranks // 2), 1)):
         each = tuple((tuple(in_flight for owner in stage_to_rank if owner == rank),) for rank in range(num_ranks))
         try:
-            return partition_candidates(costs, stage_to_rank, layout, slacks, limit=memory.limit(limit, each))
+            return partition_candidates(
+                _at_worst(costs), stage_to_rank, layout, slacks, limit=memory.limit(limit, each)
+            )
         except DoesNotFit as error:
             failure = error
     raise failure
+
+
+def _at_worst(costs: Sequence[UnitCost]) -> list[UnitCost]:
+    """For the partition, which knows one number of activations: a microbatch holds the larger of the two."""
+    return [
+        dataclasses.replace(cost, activation_bytes=max(cost.activation_bytes, cost.deferred_bytes)) for cost in costs
+    ]
 
 
 @dataclass(frozen=True)
@@ -305,14 +336,19 @@ class _Memory:
     def fits(self, cut: Partition, peaks: Sequence[int], limit: float) -> bool:
         return all(self.static(cut, rank) + peak <= limit for rank, peak in enumerate(peaks))
 
-    def too_large(self, cut: Partition, peaks: Sequence[int], limit: float) -> DoesNotFit:
+    def too_large(self, config: Config, cut: Partition, peaks: Sequence[int], limit: float) -> DoesNotFit:
         held = [self.static(cut, rank) + peak for rank, peak in enumerate(peaks)]
         rank = max(range(len(held)), key=held.__getitem__)
         return DoesNotFit(
             f"pipeline rank {rank} needs {held[rank] / 1e9:.4g} GB and may have {limit / 1e9:.4g} GB "
-            "(pipeline.memory_gb, or nine tenths of the device's): set pipeline.recompute=auto, raise parallel.pp or "
-            "parallel.ep, lower train.micro_batch_size, or set optim.moment_dtype=bf16"
+            f"(pipeline.memory_gb, or nine tenths of the device's): {what_helps(config)}"
         )
+
+
+def what_helps(config: Config) -> str:
+    """Against too little memory."""
+    recompute = "" if config.pipeline.recompute == "auto" else "set pipeline.recompute=auto, "
+    return f"{recompute}raise parallel.pp or parallel.ep, lower train.micro_batch_size, or set optim.moment_dtype=bf16"
 
 
 def _static_bytes(config: Config, cost: UnitCost) -> float:

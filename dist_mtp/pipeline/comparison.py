@@ -9,7 +9,7 @@ from typing import Any
 from dist_mtp.config import Config
 from dist_mtp.config_checks import LAST_SCHEDULES, V_SCHEDULES, micro_batch_problem
 from dist_mtp.errors import ConfigError
-from dist_mtp.pipeline.choice import Choice, choose
+from dist_mtp.pipeline.choice import Choice, choose, costs_with_replica
 from dist_mtp.pipeline.costs import message_bytes, total_cost
 from dist_mtp.pipeline.memory import rank_memory
 from dist_mtp.pipeline.placement import stage_ranks
@@ -76,18 +76,10 @@ def _alternative(config: Config, plan: Plan, placement: str, schedule: str) -> A
 
 
 def _rank_bytes(config: Config, choice: Choice) -> list[int]:
-    ranks = stage_ranks(config)
+    ranks, costs = stage_ranks(config), costs_with_replica(config, choice)
     return [
         rank_memory(
-            config,
-            rank,
-            total_cost(
-                choice.costs[unit]
-                for owner, units in zip(ranks, choice.cut, strict=True)
-                if owner == rank
-                for unit in units
-            ),
-            choice.timeline.peak_activation_bytes[rank],
+            config, rank, total_cost(cost for owner, cost in zip(ranks, costs, strict=True) if owner == rank), peak
         ).total_bytes
-        for rank in range(config.parallel.pp)
+        for rank, peak in enumerate(choice.timeline.peak_activation_bytes)
     ]

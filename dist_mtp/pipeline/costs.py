@@ -40,7 +40,7 @@ class UnitCost:
     params: int = 0
     """Parameters on the owning rank, exact: of routed experts its own part only."""
     activation_bytes: int = 0
-    """Held per microbatch from the start of its forward until its backward is complete."""
+    """Held per microbatch from the start of its forward to the end of its input gradient, or of its full backward."""
     expert_params: int = 0
     """Those of ``params`` that belong to routed experts."""
     all_to_all_bytes: int = 0

@@ -5,6 +5,7 @@ Shares of time between stages, and so the partition, depend on the ratios only; 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from dist_mtp.errors import ConfigError
@@ -60,14 +61,19 @@ class DeviceProfile:
 # (H100, H800, H200) or 200 Gbit/s (A100, A800). Inside a node: 80 % of NVLink's one-way peak, which is half of what the data
 # sheets add up (H100, H200 900 GB/s, A100 600, H800, A800 400): the DeepSeek-V3 report (arXiv 2412.19437, section 3.2.2) counts
 # 160 GB/s for an H800, and 380 GB/s were measured between two H100s (github.com/NVIDIA/nccl issue 1264). Cards whose NVLink, if
-# any, joins two only: 80 % of PCIe 5.0 x16. Memory: data sheets (an A100 of 40 GB needs pipeline.memory_gb). The CPU is one core and the loopback interface. The first row that a GPU's name
-# fits counts.
+# any, joins two only: 80 % of PCIe 5.0 x16. Memory: data
+# sheets; a GH200 with the smaller of its two. The CPU is one core and the loopback interface. The first row that a GPU's name fits
+# counts.
 _PROFILES = (
     DeviceProfile("h100_pcie", ("H100 PCIe",), 5.0e14, 8.5e14, 7.56e14, 4.5e10, 1.5e-5, 5.0e10, 8.0e10, 8),
     DeviceProfile("h100_nvl", ("H100 NVL",), 5.5e14, 9.4e14, 8.35e14, 4.5e10, 1.5e-5, 5.0e10, 9.4e10, 8),
     DeviceProfile("h100", ("H100",), 6.5e14, 1.1e15, 9.89e14, 4.5e10, 1.5e-5, 3.6e11, 8.0e10, 8),
     DeviceProfile("h800", ("H800",), 6.5e14, 1.1e15, 9.89e14, 4.5e10, 1.5e-5, 1.6e11, 8.0e10, 8),
+    DeviceProfile("gh200", ("GH200",), 6.5e14, 1.1e15, 9.89e14, 4.5e10, 1.5e-5, 3.6e11, 9.6e10, 8),
     DeviceProfile("h200", ("H200",), 6.5e14, 1.1e15, 9.89e14, 4.5e10, 1.5e-5, 3.6e11, 14.1e10, 8),
+    DeviceProfile(
+        "a100_40gb", ("A100-SXM4-40GB", "A100-PCIE-40GB"), 2.2e14, 2.2e14, 3.12e14, 2.2e10, 1.5e-5, 2.4e11, 4.0e10, 8
+    ),
     DeviceProfile("a100", ("A100",), 2.2e14, 2.2e14, 3.12e14, 2.2e10, 1.5e-5, 2.4e11, 8.0e10, 8),
     DeviceProfile("a800", ("A800",), 2.2e14, 2.2e14, 3.12e14, 2.2e10, 1.5e-5, 1.6e11, 8.0e10, 8),
     DeviceProfile("cpu", (), 5.0e10, 2.0e10, None, 1.0e9, 2.0e-4, 1.0e9, None, None),
@@ -86,7 +92,7 @@ def resolve_profile(name: str, cuda_device_name: str | None = None) -> DevicePro
     Args:
         name: ``pipeline.device_profile``.
         cuda_device_name: what ``torch.cuda.get_device_name()`` says, or None without a CUDA device. An unknown GPU
-            is planned for as an ``a100``.
+            is planned for as an ``a100`` of unlimited memory.
 
     Raises:
         ConfigError: no profile has this name.
@@ -94,7 +100,7 @@ def resolve_profile(name: str, cuda_device_name: str | None = None) -> DevicePro
     if name == "auto":
         if cuda_device_name is None:
             return PROFILES["cpu"]
-        return cuda_profile(cuda_device_name) or PROFILES["a100"]
+        return cuda_profile(cuda_device_name) or dataclasses.replace(PROFILES["a100"], memory_bytes=None)
     if name not in PROFILES:
         raise ConfigError(
             f"pipeline.device_profile={name} is unknown: use auto or one of {', '.join(PROFILES)}, or add a profile to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from dist_mtp.config import Config
 from dist_mtp.pipeline import schedules
 from dist_mtp.pipeline.bounds import Bound, balance_bound, balanced_ranks, ramp_bound
-from dist_mtp.pipeline.choice import Choice, choose, stage_costs
+from dist_mtp.pipeline.choice import Choice, choose, costs_with_replica, stage_costs, what_helps
 from dist_mtp.pipeline.costs import UnitCost, list_units, message_bytes, total_cost, unit_parameters
 from dist_mtp.pipeline.devices import DeviceProfile, resolve_profile
 from dist_mtp.pipeline.experts import ExpertPlan, place_experts
@@ -101,6 +102,11 @@ class Plan:
         """Lowered table of an evaluation with any number of microbatches."""
         table = schedules.forward_only(self.pp, self.stage_to_rank, micro_batches)
         return lower(table, self.stage_to_rank, self.num_stages)
+
+    def digest(self) -> str:
+        """SHA-256 of what ranks must agree on: who holds which units, the order of actions, and what is recomputed."""
+        cut = [stage.units for stage in self.stages]
+        return hashlib.sha256(repr((cut, self.lowered, str(self.recompute))).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``plan.json``; times in seconds of the device profile.
@@ -243,20 +249,15 @@ def _warnings(config: Config, choice: Choice, ranks: Sequence[RankMemory]) -> li
     if not choice.fits:
         assert choice.memory_limit is not None
         fullest = max(ranks, key=lambda rank: rank.total_bytes)
-        helps = "raise parallel.pp or parallel.ep, or lower train.micro_batch_size"
-        if config.pipeline.recompute != "auto":
-            helps = f"set pipeline.recompute=auto, {helps}"
         warnings.append(
             f"rank {fullest.rank} needs {fullest.total_bytes / 1e9:.4g} GB, more than the {choice.memory_limit / 1e9:.4g} GB "
-            f"that a plan should leave of the device: {helps}; pipeline.memory_gb makes it an error"
+            f"that a plan should leave of the device: {what_helps(config)}; pipeline.memory_gb makes it an error"
         )
     return warnings
 
 
 def _stage_plans(config: Config, choice: Choice, stage_to_rank: Sequence[int]) -> tuple[StagePlan, ...]:
-    units, costs = list_units(config), stage_costs(choice.costs, choice.cut)
-    if embedding_has_two_copies(config, stage_to_rank):
-        costs[-1] = total_cost([costs[-1], UnitCost(params=choice.costs[0].params)])
+    units, costs = list_units(config), costs_with_replica(config, choice)
     return tuple(
         StagePlan(
             index=index,

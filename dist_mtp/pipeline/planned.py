@@ -28,6 +28,8 @@ _EFFORT = 300_000
 """Actions that a search schedules in total, about 3 µs each."""
 _TRY = 100
 """What a candidate costs besides its actions."""
+_LOOK = 1
+"""What it costs, per stage, to see that a partition cannot be better."""
 _CLIMBS = 6
 """Candidates from which it climbs at most, best first."""
 _CLIMB_TRIES = 30
@@ -130,25 +132,31 @@ def search(
     climbs = int(trials.effort_left / (_CLIMB_TRIES * trials.effort_of(cuts[0])))
     starts = trials.fastest(max(1, min(_CLIMBS, climbs)))
     for climbs_left, (time, candidate) in zip(range(len(starts), 0, -1), starts, strict=True):
-        _climb(time, candidate, trials, trials.effort_left / climbs_left, move_units)
+        _climb(time, candidate, trials, trials.effort_left / climbs_left, problem.stage_to_rank if move_units else None)
 
     found = [plan for name in problem.patterns for plan in _as_registered(problem, name, cuts)]
     # The trials' times are estimates where they had fewer microbatches: the winner is one of the first few.
     finalists = 1 if problem.trial_micro_batches == problem.micro_batches or effort < 1 else 8
-    for _, candidate in trials.fastest(finalists):
+    for _, candidate in trials.fastest(10 * finalists):
         result = _schedule(problem, candidate, problem.micro_batches)
-        if result is not None:
-            origin = "list" if isinstance(candidate.recipe, Policy) else f"{candidate.recipe.name}+"
-            found.append(Found(candidate.cut, result.table(), result.step_time, origin))
+        if result is None:  # fitted with the trial's microbatches only
+            continue
+        origin = "list" if isinstance(candidate.recipe, Policy) else f"{candidate.recipe.name}+"
+        found.append(Found(candidate.cut, result.table(), result.step_time, origin))
+        finalists -= 1
+        if finalists == 0:
+            break
     return min(found, key=lambda plan: plan.step_time, default=None)
 
 
-def _climb(time: float, candidate: _Candidate, trials: _Trials, effort: float, move_units: bool) -> None:
+def _climb(
+    time: float, candidate: _Candidate, trials: _Trials, effort: float, stage_to_rank: Sequence[int] | None
+) -> None:
     """Move to the first better neighbour until there is none, or ``effort`` is spent."""
     leave, improved = trials.effort_left - effort, True
     while improved:
         improved = False
-        for neighbour in _neighbours(candidate, move_units):
+        for neighbour in _neighbours(candidate, stage_to_rank):
             if trials.effort_left <= leave:
                 return
             other = trials.time(neighbour, below=time)
@@ -157,9 +165,10 @@ def _climb(time: float, candidate: _Candidate, trials: _Trials, effort: float, m
                 break
 
 
-def _neighbours(candidate: _Candidate, move_units: bool) -> Iterator[_Candidate]:
-    """Other recipes and other partitions in turn."""
-    cuts = (replace(candidate, cut=cut) for cut in _moved(candidate.cut)) if move_units else iter(())
+def _neighbours(candidate: _Candidate, stage_to_rank: Sequence[int] | None) -> Iterator[_Candidate]:
+    """Other recipes and, with ``stage_to_rank``, other partitions in turn."""
+    moved = iter(()) if stage_to_rank is None else moved_units(candidate.cut, stage_to_rank)
+    cuts = (replace(candidate, cut=cut) for cut in moved)
     recipes = (replace(candidate, recipe=recipe) for recipe in _other_recipes(candidate.recipe))
     for pair in itertools.zip_longest(recipes, cuts):
         yield from (neighbour for neighbour in pair if neighbour is not None)
@@ -176,13 +185,24 @@ def _other_recipes(recipe: Recipe) -> Iterator[Recipe]:
                 yield replace(recipe, **{name: value})
 
 
-def _moved(cut: Partition) -> Iterator[Partition]:
-    """Partitions in which one unit less is on one stage and one more on another, near ones first."""
+def moved_units(cut: Partition, stage_to_rank: Sequence[int]) -> Iterator[Partition]:
+    """Partitions in which one unit less is on one stage and one more on another, near ones first.
+
+    Both ends of the model stay where they are, and no rank is left without a unit.
+    """
     counts = [len(units) for units in cut]
+    on_rank = [0] * (max(stage_to_rank) + 1)
+    for rank, count in zip(stage_to_rank, counts, strict=True):
+        on_rank[rank] += count
+
+    def can_give(stage: int) -> bool:
+        kept = 1 if stage in (0, len(counts) - 1) else 0
+        return counts[stage] > kept and on_rank[stage_to_rank[stage]] > 1
+
     for distance in range(1, len(counts)):
         for first in range(len(counts) - distance):
             for source, target in ((first, first + distance), (first + distance, first)):
-                if counts[source] > 1 or 0 < source < len(counts) - 1 == counts[source]:
+                if can_give(source):
                     moved = list(counts)
                     moved[source] -= 1
                     moved[target] += 1
@@ -212,6 +232,7 @@ class _Trials:
         if candidate not in self._times:
             problem = self._problem
             if problem.micro_batches * _pace(problem, candidate.cut) >= below:
+                self.effort_left -= _LOOK * len(candidate.cut)
                 return None
             few = problem.trial_micro_batches
             result = _schedule(problem, candidate, few)

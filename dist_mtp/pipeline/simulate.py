@@ -30,7 +30,8 @@ class Timeline:
     busy: tuple[float, ...]
     """Seconds of computation, per rank."""
     peak_activation_bytes: tuple[int, ...]
-    """Most bytes of saved activations at any time, per rank; with those that exist while a unit recomputes."""
+    """Most bytes of saved activations at any time, per rank, and what exists besides while the unit that needs most recomputes:
+    which backward is under way at the peak is left open."""
 
     @property
     def bubble(self) -> float:
@@ -109,7 +110,10 @@ def simulate(
         events=tuple(event for line in events for event in line),
         step_time=max(now),
         busy=tuple(sum(seconds[action.kind][action.stage] for action in line) for line in lines),
-        peak_activation_bytes=peak_activations(table, stage_costs),
+        peak_activation_bytes=tuple(
+            peak + max((stage_costs[action.stage].recompute_bytes for action in line), default=0)
+            for peak, line in zip(peak_activations(table, stage_costs), lines, strict=True)
+        ),
     )
 
 
@@ -120,12 +124,11 @@ def _duration(kind: Kind, cost: UnitCost) -> float:
 
 
 def peak_activations(table: Table, stage_costs: Sequence[UnitCost]) -> tuple[int, ...]:
-    """Most bytes of saved activations on each rank, whatever the times; see :class:`Timeline`."""
+    """Most bytes of saved activations on each rank, whatever the times; without what exists while a unit recomputes."""
     return tuple(_peak([action for action in line if action.kind.is_compute], stage_costs) for line in table)
 
 
 def _peak(line: Sequence[Action], stage_costs: Sequence[UnitCost]) -> int:
-    """The largest recomputation of the rank counts at all times: which backward is under way at the peak is left open."""
     live = peak = 0
     for action in line:
         cost = stage_costs[action.stage]
@@ -138,4 +141,4 @@ def _peak(line: Sequence[Action], stage_costs: Sequence[UnitCost]) -> int:
         else:
             live -= cost.activation_bytes
         peak = max(peak, live)
-    return peak + max((stage_costs[action.stage].recompute_bytes for action in line), default=0)
+    return peak

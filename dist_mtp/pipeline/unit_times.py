@@ -199,13 +199,14 @@ def _with_times(cost: UnitCost, seconds: Seconds, exchange: UnitCost, repeated: 
     """``cost`` with measured times.
 
     Args:
-        repeated: share of the forward that the input gradient computes again, beside what it did when it was measured.
+        repeated: share of the forward that the input gradient computes again, beside what it did when it was measured;
+            negative where it did more.
     """
     forward, input_grad, weight_grad = seconds
     return dataclasses.replace(
         cost,
         time_f=forward + exchange.time_f,
-        time_i=input_grad + exchange.time_i + repeated * forward,
+        time_i=max(0.0, input_grad + repeated * forward) + exchange.time_i,
         time_w=weight_grad + exchange.time_w,
     )
 

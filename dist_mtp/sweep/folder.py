@@ -22,7 +22,17 @@ from dist_mtp.sweep.definition import Sweep
 
 SWEEP_FILE = "sweep.json"
 STOP_FILE = "stop"
-_NOT_TRAINED = ("launcher", "monitor", "resume", "run", "checkpoint", "debug", "train.hang_timeout_s", "data.cache_dir")
+_NOT_TRAINED = (
+    "launcher",
+    "monitor",
+    "profiler",
+    "resume",
+    "run",
+    "checkpoint",
+    "debug",
+    "train.hang_timeout_s",
+    "data.cache_dir",
+)
 """Sections and keys that do not change what a point learns."""
 
 

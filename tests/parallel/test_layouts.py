@@ -265,7 +265,8 @@ class TestSharing:
 def assert_traffic(facts: list[dict[str, Any]], layout: Layout, variant: Variant, dtype: str) -> None:
     """Each edge between stages on different ranks carries one message per microbatch and direction, with hidden states or
     their gradients; collectives are smaller than one such message, but for the sum of two embedding copies, in fp32."""
-    stage_to_rank = {"v": [0, 1, 1, 0], "last": [0, 1, 0, 1] if "interleaved" in layout.schedule else [0, 1]}
+    two_on_each = layout.schedule in ("planned", "interleaved_1f1b")
+    stage_to_rank = {"v": [0, 1, 1, 0], "last": [0, 1, 0, 1] if two_on_each else [0, 1]}
     ranks = stage_to_rank[layout.placement]
     edges = sum(a != b for a, b in itertools.pairwise(ranks))  # of two ranks, each sends one way and receives the other
     messages = edges * STEPS * variant.micro_batches

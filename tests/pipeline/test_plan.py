@@ -247,7 +247,7 @@ class TestCommand:
         text = plan_command.summary(
             make_plan(v3_config(depth=2, pp=16, layout="uniform", schedule="zbv", memory_gb=1e4))
         )
-        assert "parallel.pp=10 with more data parallelism" in text, text
+        assert "parallel.pp=10 with more data" in text, text
         assert "warning" not in plan_command.summary(make_plan(v3_config(depth=0, pp=4, schedule="zbv", memory_gb=1e4)))
 
 
