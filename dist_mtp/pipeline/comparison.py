@@ -15,7 +15,7 @@ from dist_mtp.pipeline.memory import rank_memory
 from dist_mtp.pipeline.placement import stage_ranks
 from dist_mtp.pipeline.plan import Plan
 
-_EFFORT = 0.1
+_EFFORT = 0.3
 """Of ``planned``'s search, relative to that of a run: a comparison need not find the last percent."""
 
 

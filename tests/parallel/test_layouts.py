@@ -73,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("layouts")
     write_corpus(path / "text")
     for world_size in (1, 2, 4):
-        run_ranks(f"support.worlds:world_of_{world_size}", world_size, path / f"world_{world_size}", timeout_s=400)
+        run_ranks(f"support.worlds:world_of_{world_size}", world_size, path / f"world_{world_size}", timeout_s=900)
     return path
 
 
