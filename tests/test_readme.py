@@ -16,6 +16,7 @@ from dist_mtp.cli import plot
 from dist_mtp.cli.bench import BENCHMARKS
 from dist_mtp.cli.compose import compose
 from dist_mtp.cli.main import VERBS
+from dist_mtp.cli.measure import take_measure
 from dist_mtp.config import resolve
 from dist_mtp.data.tokenizers import tokenizer_vocab_size
 from dist_mtp.errors import ConfigError
@@ -74,6 +75,10 @@ def check_dist_mtp(arguments: list[str]) -> None:
         return
     if verb == "bench":
         assert overrides.pop(0) in BENCHMARKS, f"dist-mtp bench has no {arguments[1]}"
+    if verb == "plan":
+        _, overrides = take_measure(overrides)
+    # The file is there once the command before it has been run.
+    overrides = [word for word in overrides if not word.startswith("pipeline.unit_times_file=")]
     sweeps = "-m" in overrides
     for point in points([word for word in overrides if word != "-m"]) if sweeps else [overrides]:
         config = compose(point)
