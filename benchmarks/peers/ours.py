@@ -11,12 +11,16 @@ from dist_mtp.model.transformer import LanguageModel, MicroBatch
 from dist_mtp.pipeline.plan import Plan
 from dist_mtp.pipeline.runtime import PipelineRuntime
 from dist_mtp.pipeline.stage import Stage
+from dist_mtp.pipeline.table import Action
 
 
-def our_step(
-    plan: Plan, model: LanguageModel, hidden_shape: tuple[int, int, int], batches: Sequence[MicroBatch]
-) -> Callable[[], object]:
-    """A step of the plan's own table on this rank, in fp32.
+def our_runtime(
+    plan: Plan,
+    model: LanguageModel,
+    hidden_shape: tuple[int, int, int],
+    on_action: Callable[[Action], None] = lambda action: None,
+) -> PipelineRuntime:
+    """This rank's runtime over the plan's own table, in fp32, one rank per pipeline rank.
 
     Args:
         model: units of this rank's stages, or what looks like them to :class:`Stage`.
@@ -28,7 +32,7 @@ def our_step(
         stage.index: Stage(stage.index, model, stage.unit_names, collect_gradients=lambda: None)
         for stage in plan.stages_of(rank)
     }
-    runtime = PipelineRuntime(
+    return PipelineRuntime(
         plan,
         stages,
         pp_rank=rank,
@@ -37,5 +41,13 @@ def our_step(
         hidden_shape=hidden_shape,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        on_action=on_action,
     )
+
+
+def our_step(
+    plan: Plan, model: LanguageModel, hidden_shape: tuple[int, int, int], batches: Sequence[MicroBatch]
+) -> Callable[[], object]:
+    """A step of :func:`our_runtime`."""
+    runtime = our_runtime(plan, model, hidden_shape)
     return lambda: runtime.train_step(batches)

@@ -11,13 +11,12 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from peers.ours import our_runtime
 from torch import Tensor, nn
 
 from dist_mtp.model.transformer import LanguageModel
 from dist_mtp.parallel.mesh import init_process_group
-from dist_mtp.pipeline.plan import Plan, make_plan
-from dist_mtp.pipeline.runtime import PipelineRuntime
-from dist_mtp.pipeline.stage import Stage
+from dist_mtp.pipeline.plan import make_plan
 from dist_mtp.pipeline.table import Action, Kind
 from dist_mtp.signals import end_with_parent
 from planner.actions import TIMEOUT_S, Case
@@ -102,7 +101,7 @@ class _Steps:
         overrides = (f"model.num_layers={case.num_layers}", f"pipeline.schedule={SCHEDULE}")
         plan = make_plan(v3_config(case.num_ranks, case.micro_batches, *overrides))
         self._clock = _Clock()
-        self._runtime = _make_runtime(plan, self._clock)
+        self._runtime = our_runtime(plan, cast(LanguageModel, Nothing()), HIDDEN_SHAPE, self._clock.begin)
         self._batches = [cast(Any, None)] * plan.micro_batches  # the stub does not look at them
         self._spent: dict[str, list[int]] = defaultdict(list)
 
@@ -117,19 +116,3 @@ class _Steps:
     def medians(self) -> dict[str, float]:
         """Microseconds by what they were for."""
         return {name: median(nanoseconds) / 1e3 for name, nanoseconds in self._spent.items()}
-
-
-def _make_runtime(plan: Plan, clock: _Clock) -> PipelineRuntime:
-    model, rank, group = cast(LanguageModel, Nothing()), dist.get_rank(), dist.group.WORLD
-    assert group is not None
-    return PipelineRuntime(
-        plan,
-        {s.index: Stage(s.index, model, s.unit_names, collect_gradients=lambda: None) for s in plan.stages_of(rank)},
-        pp_rank=rank,
-        group=group,
-        global_rank=lambda pp_rank: pp_rank,
-        hidden_shape=HIDDEN_SHAPE,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        on_action=clock.begin,
-    )

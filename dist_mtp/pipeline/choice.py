@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from dist_mtp.config import Config
 from dist_mtp.config_checks import micro_batch_problem
 from dist_mtp.pipeline import schedules
-from dist_mtp.pipeline.costs import UnitCost, total_cost, unit_parameters
+from dist_mtp.pipeline.costs import UnitCost, stage_costs, total_cost, unit_parameters
 from dist_mtp.pipeline.devices import DeviceProfile
 from dist_mtp.pipeline.layout import read_layout
 from dist_mtp.pipeline.memory import rank_memory
@@ -105,7 +105,7 @@ def choose(config: Config, profile: DeviceProfile, message_seconds: float, *, ef
     assert failure is not None
     if config.pipeline.memory_gb is not None:
         raise failure
-    needs = {level: _fullest(config, attempt(level, None, effort * _GLANCE)) for level in levels}
+    needs = {level: fullest_rank_bytes(config, attempt(level, None, effort * _GLANCE)) for level in levels}
     unlimited = attempt(min(levels, key=needs.__getitem__), None, effort)
     return dataclasses.replace(unlimited, memory_limit=limit, fits=False)
 
@@ -115,11 +115,6 @@ def memory_limit(config: Config, profile: DeviceProfile) -> float | None:
     if config.pipeline.memory_gb is not None:
         return config.pipeline.memory_gb * 1e9
     return None if profile.memory_bytes is None else _USABLE * profile.memory_bytes
-
-
-def stage_costs(costs: Sequence[UnitCost], cut: Partition) -> list[UnitCost]:
-    """Cost of each stage."""
-    return [total_cost(costs[unit] for unit in units) for units in cut]
 
 
 def costs_with_replica(config: Config, choice: Choice) -> list[UnitCost]:
@@ -132,14 +127,17 @@ def costs_with_replica(config: Config, choice: Choice) -> list[UnitCost]:
 
 def _keeps(config: Config, choice: Choice, limit: float | None) -> bool:
     """Whether a choice made without limit keeps it."""
-    return limit is None or _fullest(config, choice) <= limit
+    return limit is None or fullest_rank_bytes(config, choice) <= limit
 
 
-def _fullest(config: Config, choice: Choice) -> float:
-    """Bytes of the fullest rank."""
-    memory = _Memory.of(config, choice.costs, stage_ranks(config))
+def fullest_rank_bytes(config: Config, choice: Choice) -> int:
+    """What the rank that needs most holds: weights, gradients, optimizer state and activations."""
+    ranks, costs = stage_ranks(config), costs_with_replica(config, choice)
     return max(
-        memory.static(choice.cut, rank) + peak for rank, peak in enumerate(choice.timeline.peak_activation_bytes)
+        rank_memory(
+            config, rank, total_cost(cost for owner, cost in zip(ranks, costs, strict=True) if owner == rank), peak
+        ).total_bytes
+        for rank, peak in enumerate(choice.timeline.peak_activation_bytes)
     )
 
 
@@ -280,9 +278,9 @@ def _cuts_with_room(
     memory: _Memory,
     limit: float | None,
 ) -> list[Partition]:
-    """Partitions for ``planned`` to begin with: those that let every rank hold as many microbatches as there is memory for.
+    """Partitions for ``planned`` to begin with: those that leave every rank memory for some microbatches.
 
-    The most is P of them, as under ``zbv``; the least that any schedule needs is one.
+    Half as many as there are ranks, if that fits; the least that any schedule needs is one.
     """
     if limit is None:
         return partition_candidates(costs, stage_to_rank, layout, slacks)

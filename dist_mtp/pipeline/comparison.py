@@ -9,10 +9,8 @@ from typing import Any
 from dist_mtp.config import Config
 from dist_mtp.config_checks import LAST_SCHEDULES, V_SCHEDULES, micro_batch_problem
 from dist_mtp.errors import ConfigError
-from dist_mtp.pipeline.choice import Choice, choose, costs_with_replica
-from dist_mtp.pipeline.costs import message_bytes, total_cost
-from dist_mtp.pipeline.memory import rank_memory
-from dist_mtp.pipeline.placement import stage_ranks
+from dist_mtp.pipeline.choice import choose, fullest_rank_bytes
+from dist_mtp.pipeline.costs import message_bytes
 from dist_mtp.pipeline.plan import Plan
 
 _EFFORT = 0.3
@@ -71,15 +69,5 @@ def _alternative(config: Config, plan: Plan, placement: str, schedule: str) -> A
     except ConfigError as error:
         return Alternative(placement, schedule, problem=str(error))
     timeline = choice.timeline
-    peak, memory = max(timeline.peak_activation_bytes), max(_rank_bytes(changed, choice))
+    peak, memory = max(timeline.peak_activation_bytes), fullest_rank_bytes(changed, choice)
     return Alternative(placement, schedule, timeline.step_time, timeline.bubble, peak, memory)
-
-
-def _rank_bytes(config: Config, choice: Choice) -> list[int]:
-    ranks, costs = stage_ranks(config), costs_with_replica(config, choice)
-    return [
-        rank_memory(
-            config, rank, total_cost(cost for owner, cost in zip(ranks, costs, strict=True) if owner == rank), peak
-        ).total_bytes
-        for rank, peak in enumerate(choice.timeline.peak_activation_bytes)
-    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -134,6 +134,11 @@ def total_cost(costs: Iterable[UnitCost]) -> UnitCost:
             max(total.recompute_bytes, cost.recompute_bytes),
         )
     return total
+
+
+def stage_costs(costs: Sequence[UnitCost], cut: Sequence[Sequence[int]]) -> list[UnitCost]:
+    """Cost of each stage, from its units."""
+    return [total_cost(costs[unit] for unit in units) for units in cut]
 
 
 def message_bytes(config: Config) -> int:

@@ -71,10 +71,12 @@ def partition_candidates(
         candidates = [uniform_counts(len(costs), len(stage_to_rank))]
     else:
         candidates = [read_layout(layout, stage_to_rank, len(costs))[0]]
-    return [
-        tuple(tuple(range(start, stop)) for start, stop in pairwise(accumulate(counts, initial=0)))
-        for counts in dict.fromkeys(candidates)
-    ]
+    return [contiguous(counts) for counts in dict.fromkeys(candidates)]
+
+
+def contiguous(counts: Sequence[int]) -> Partition:
+    """The partition with so many units on each stage."""
+    return tuple(tuple(range(start, stop)) for start, stop in pairwise(accumulate(counts, initial=0)))
 
 
 def _balanced(problem: Balance, slacks: Sequence[float]) -> list[Counts]:

@@ -11,8 +11,8 @@ from typing import Any
 from dist_mtp.config import Config
 from dist_mtp.pipeline import schedules
 from dist_mtp.pipeline.bounds import Bound, balance_bound, balanced_ranks, ramp_bound
-from dist_mtp.pipeline.choice import Choice, choose, costs_with_replica, stage_costs, what_helps
-from dist_mtp.pipeline.costs import UnitCost, list_units, message_bytes, total_cost, unit_parameters
+from dist_mtp.pipeline.choice import Choice, choose, costs_with_replica, what_helps
+from dist_mtp.pipeline.costs import UnitCost, list_units, message_bytes, stage_costs, total_cost, unit_parameters
 from dist_mtp.pipeline.devices import DeviceProfile, resolve_profile
 from dist_mtp.pipeline.experts import ExpertPlan, place_experts
 from dist_mtp.pipeline.lowering import lower

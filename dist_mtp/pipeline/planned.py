@@ -17,9 +17,9 @@ from functools import cached_property
 from typing import Any
 
 from dist_mtp.pipeline import schedules
-from dist_mtp.pipeline.costs import UnitCost, total_cost
+from dist_mtp.pipeline.costs import UnitCost, stage_costs
 from dist_mtp.pipeline.list_schedule import ListSchedule, Policy, Step, list_schedule
-from dist_mtp.pipeline.partition import Partition
+from dist_mtp.pipeline.partition import Partition, contiguous
 from dist_mtp.pipeline.simulate import peak_activations, simulate
 from dist_mtp.pipeline.table import Table
 from dist_mtp.pipeline.weight_filling import fill_weights, forward_and_input_order
@@ -206,12 +206,7 @@ def moved_units(cut: Partition, stage_to_rank: Sequence[int]) -> Iterator[Partit
                     moved = list(counts)
                     moved[source] -= 1
                     moved[target] += 1
-                    yield _contiguous(moved)
-
-
-def _contiguous(counts: Sequence[int]) -> Partition:
-    units = iter(range(sum(counts)))
-    return tuple(tuple(next(units) for _ in range(count)) for count in counts)
+                    yield contiguous(moved)
 
 
 class _Trials:
@@ -251,10 +246,6 @@ class _Trials:
         return sorted(known, key=lambda pair: pair[0])[:count]
 
 
-def _stage_costs(problem: Problem, cut: Partition) -> list[UnitCost]:
-    return [total_cost(problem.costs[unit] for unit in units) for units in cut]
-
-
 def _pace(problem: Problem, cut: Partition) -> float:
     """Seconds of the slowest rank per microbatch."""
     seconds = [0.0] * problem.num_ranks
@@ -265,8 +256,8 @@ def _pace(problem: Problem, cut: Partition) -> float:
 
 def _schedule(problem: Problem, candidate: _Candidate, micro_batches: int) -> ListSchedule | None:
     """None if one microbatch, or the pattern's order, does not fit into the ranks' memory."""
-    stage_costs, caps = _stage_costs(problem, candidate.cut), problem.activation_caps(candidate.cut)
-    arguments = (stage_costs, problem.stage_to_rank, micro_batches, caps, problem.message_seconds)
+    costs, caps = stage_costs(problem.costs, candidate.cut), problem.activation_caps(candidate.cut)
+    arguments = (costs, problem.stage_to_rank, micro_batches, caps, problem.message_seconds)
     if isinstance(candidate.recipe, FilledPattern):
         order = _pattern_order(candidate.recipe.name, problem, micro_batches)
         return fill_weights(order, *arguments, patience=candidate.recipe.patience)
@@ -284,8 +275,8 @@ def _as_registered(problem: Problem, name: str, cuts: Sequence[Partition]) -> It
     """A registered schedule under each partition that fits."""
     table = schedules.build(name, problem.num_ranks, problem.stage_to_rank, problem.micro_batches)
     for cut in cuts:
-        stage_costs, caps = _stage_costs(problem, cut), problem.activation_caps(cut)
-        peaks = peak_activations(table, stage_costs)
+        costs, caps = stage_costs(problem.costs, cut), problem.activation_caps(cut)
+        peaks = peak_activations(table, costs)
         if all(peak <= cap for peak, cap in zip(peaks, caps, strict=True)):
-            timeline = simulate(table, stage_costs, problem.stage_to_rank, problem.message_seconds)
+            timeline = simulate(table, costs, problem.stage_to_rank, problem.message_seconds)
             yield Found(cut, table, timeline.step_time, name)
