@@ -79,8 +79,10 @@ def choose(config: Config, profile: DeviceProfile, message_seconds: float, *, ef
         # Patterns cannot be made to need less, and a partition that would is rarely worth the time that it takes to find.
         limit = None
     levels = _levels(config, limit)
-    # The measure stays 1F1B with nothing recomputed: put-off weight gradients need more than what recomputation leaves.
-    budget = _ACTIVATIONS * _one_f_one_b_peak(planned_costs(config, profile, KEEP_ALL), config)
+    budget = float("inf")
+    if config.pipeline.schedule == "planned":
+        # The measure stays 1F1B with nothing recomputed: put-off weight gradients need more than what recomputation leaves.
+        budget = _ACTIVATIONS * _one_f_one_b_peak(planned_costs(config, profile, KEEP_ALL), config)
 
     def attempt(level: Recompute, limit: float | None, effort: float) -> Choice:
         return _choose(config, planned_costs(config, profile, level), level, message_seconds, budget, limit, effort)

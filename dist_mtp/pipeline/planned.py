@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from dist_mtp.pipeline import schedules
@@ -92,6 +92,15 @@ class Problem:
     def trial_micro_batches(self) -> int:
         """Enough for a step's beginning, middle and end: what further ones add is known from the middle."""
         return min(self.micro_batches, 4 * self.num_ranks)
+
+    @cached_property
+    def pattern_order(self) -> Callable[[str, int], list[list[Step]]]:
+        """F and I of a pattern, by name and microbatches. Made once: trials of all partitions follow the same."""
+        return cache(
+            lambda name, micro_batches: forward_and_input_order(
+                schedules.build(name, self.num_ranks, self.stage_to_rank, micro_batches)
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -259,16 +268,12 @@ def _schedule(problem: Problem, candidate: _Candidate, micro_batches: int) -> Li
     costs, caps = stage_costs(problem.costs, candidate.cut), problem.activation_caps(candidate.cut)
     arguments = (costs, problem.stage_to_rank, micro_batches, caps, problem.message_seconds)
     if isinstance(candidate.recipe, FilledPattern):
-        order = _pattern_order(candidate.recipe.name, problem, micro_batches)
+        order = problem.pattern_order(candidate.recipe.name, micro_batches)
         return fill_weights(order, *arguments, patience=candidate.recipe.patience)
     try:
         return list_schedule(*arguments, policy=candidate.recipe)
     except ValueError:
         return None
-
-
-def _pattern_order(name: str, problem: Problem, micro_batches: int) -> list[list[Step]]:
-    return forward_and_input_order(schedules.build(name, problem.num_ranks, problem.stage_to_rank, micro_batches))
 
 
 def _as_registered(problem: Problem, name: str, cuts: Sequence[Partition]) -> Iterator[Found]:
